@@ -1,0 +1,37 @@
+"""miniflux: the FLUX.1 family of text-to-image models, small enough to read.
+
+    from miniflux import load, generate
+    picture, = generate(load(), "a fox next to a red apple", seed=7)
+
+Every task is a file, a function and a command of the same name. The names below are loaded when they are first used.
+"""
+
+import importlib
+import sys
+from types import ModuleType
+
+__version__ = "0.1.0"
+
+_NAMES = {"load": "flux", "Flux": "flux", "FluxConfig": "flux", "Prompt": "prompt", "encode_prompt": "prompt", "generate": "generate"}
+__all__ = ["__version__", *_NAMES]
+
+
+def __getattr__(name: str):
+    if name not in _NAMES:
+        raise AttributeError(f"module 'miniflux' has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_NAMES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+class _Package(ModuleType):
+    """`miniflux.generate` stays the function even after `import miniflux.generate`, which would bind the module."""
+
+    def __setattr__(self, name: str, value) -> None:
+        is_task = isinstance(value, ModuleType) and _NAMES.get(name) == name
+        super().__setattr__(name, getattr(value, name) if is_task else value)
+
+
+sys.modules[__name__].__class__ = _Package

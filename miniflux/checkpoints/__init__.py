@@ -1,0 +1,1 @@
+"""From files to networks: formats (bytes -> tensors), names (their names -> ours), layouts (which file is what)."""

@@ -1,0 +1,57 @@
+"""Where official checkpoints lie on this machine: the local Hugging Face cache, or a download into it.
+
+The cache is read directly, so nothing has to be installed to use what is already there; downloading needs the optional
+package `huggingface_hub` (`pip install "miniflux-torch[hub]"`).
+"""
+
+import os
+from pathlib import Path
+
+OFFICIAL = {
+    "schnell": "black-forest-labs/FLUX.1-schnell",
+    "dev": "black-forest-labs/FLUX.1-dev",
+    "krea": "black-forest-labs/FLUX.1-Krea-dev",
+    "fill": "black-forest-labs/FLUX.1-Fill-dev",
+    "canny": "black-forest-labs/FLUX.1-Canny-dev",
+    "depth": "black-forest-labs/FLUX.1-Depth-dev",
+    "kontext": "black-forest-labs/FLUX.1-Kontext-dev",
+    "redux": "black-forest-labs/FLUX.1-Redux-dev",
+}
+WANTED = ["model_index.json", "scheduler/*", "text_encoder*/*", "tokenizer*/*", "transformer/*", "vae/*"]
+
+
+def cache_folder() -> Path:
+    """The folder `hub` of the Hugging Face cache, as the environment variables place it."""
+    home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
+    return Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub").expanduser()
+
+
+def find_in_cache(repo: str) -> Path | None:
+    """The newest snapshot folder of a repository "owner/name" in the cache, or None."""
+    folder = cache_folder() / ("models--" + repo.replace("/", "--"))
+    main = folder / "refs" / "main"
+    if main.is_file() and (snapshot := folder / "snapshots" / main.read_text().strip()).is_dir():
+        return snapshot
+    snapshots = [path for path in folder.glob("snapshots/*") if path.is_dir()]
+    return max(snapshots, key=lambda path: path.stat().st_mtime, default=None)
+
+
+def find_or_download(repo: str) -> Path:
+    """The snapshot folder of a repository; downloaded if it is not in the cache and `huggingface_hub` is installed.
+
+    Raises FileNotFoundError with what to do when it cannot be had."""
+    if snapshot := find_in_cache(repo):
+        return snapshot
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise FileNotFoundError(f'{repo} is not in {cache_folder()}: `pip install "miniflux-torch[hub]"` to download it, '
+                                "or give a folder that holds it") from None
+    try:
+        return Path(snapshot_download(repo, allow_patterns=WANTED))
+    except Exception as error:                              # the hub's errors have many types and many lines
+        kind = type(error).__name__
+        advice = (f"accept its licence at https://huggingface.co/{repo} and log in with `hf auth login`"
+                  if "Gated" in kind or "401" in str(error) or "403" in str(error)
+                  else "check the name and the network connection, or give a folder that holds it")
+        raise FileNotFoundError(f"{repo} could not be downloaded ({kind}): {advice}") from None

@@ -1,0 +1,178 @@
+"""What the tensors are called: the original names (ours) beside those of the diffusers layout, as tables.
+
+A row says: this module of the original checkpoint is this module, or the row-wise concatenation of these modules, of the
+diffusers layout. Two facts do not fit in a row: the halves of the last modulation are swapped (shift, scale | scale,
+shift), and the autoencoder's 1x1 convolutions are linear layers there.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+MMDIT = {
+    "img_in": ["x_embedder"],
+    "txt_in": ["context_embedder"],
+    "time_in.in_layer": ["time_text_embed.timestep_embedder.linear_1"],
+    "time_in.out_layer": ["time_text_embed.timestep_embedder.linear_2"],
+    "guidance_in.in_layer": ["time_text_embed.guidance_embedder.linear_1"],
+    "guidance_in.out_layer": ["time_text_embed.guidance_embedder.linear_2"],
+    "vector_in.in_layer": ["time_text_embed.text_embedder.linear_1"],
+    "vector_in.out_layer": ["time_text_embed.text_embedder.linear_2"],
+    "final_layer.adaLN_modulation.1": ["norm_out.linear"],
+    "final_layer.linear": ["proj_out"],
+}
+DOUBLE_BLOCK = {
+    "img_mod.lin": ["norm1.linear"],
+    "txt_mod.lin": ["norm1_context.linear"],
+    "img_attn.qkv": ["attn.to_q", "attn.to_k", "attn.to_v"],
+    "txt_attn.qkv": ["attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"],
+    "img_attn.norm.query_norm": ["attn.norm_q"],
+    "img_attn.norm.key_norm": ["attn.norm_k"],
+    "txt_attn.norm.query_norm": ["attn.norm_added_q"],
+    "txt_attn.norm.key_norm": ["attn.norm_added_k"],
+    "img_attn.proj": ["attn.to_out.0"],
+    "txt_attn.proj": ["attn.to_add_out"],
+    "img_mlp.0": ["ff.net.0.proj"],
+    "img_mlp.2": ["ff.net.2"],
+    "txt_mlp.0": ["ff_context.net.0.proj"],
+    "txt_mlp.2": ["ff_context.net.2"],
+}
+SINGLE_BLOCK = {
+    "modulation.lin": ["norm.linear"],
+    "linear1": ["attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"],
+    "norm.query_norm": ["attn.norm_q"],
+    "norm.key_norm": ["attn.norm_k"],
+    "linear2": ["proj_out"],
+}
+SWAPPED_HALVES = "final_layer.adaLN_modulation.1"
+
+AUTOENCODER = {
+    "conv_in": ["conv_in"],
+    "conv_out": ["conv_out"],
+    "norm_out": ["conv_norm_out"],
+    "mid.block_1": ["mid_block.resnets.0"],
+    "mid.block_2": ["mid_block.resnets.1"],
+    "mid.attn_1.norm": ["mid_block.attentions.0.group_norm"],
+    "mid.attn_1.q": ["mid_block.attentions.0.to_q"],
+    "mid.attn_1.k": ["mid_block.attentions.0.to_k"],
+    "mid.attn_1.v": ["mid_block.attentions.0.to_v"],
+    "mid.attn_1.proj_out": ["mid_block.attentions.0.to_out.0"],
+}
+RESNET_BLOCK = {
+    "norm1": ["norm1"], "conv1": ["conv1"], "norm2": ["norm2"], "conv2": ["conv2"], "nin_shortcut": ["conv_shortcut"],
+}
+
+Table = dict[str, list[str]]
+
+
+def prefixed(table: Table, original: str, diffusers: str) -> Table:
+    """The table one level deeper in both trees."""
+    return {f"{original}.{k}": [f"{diffusers}.{v}" for v in values] for k, values in table.items()}
+
+
+def mmdit_modules(depth: int, depth_single_blocks: int) -> Table:
+    """All modules of a transformer with so many blocks."""
+    table = dict(MMDIT)
+    for i in range(depth):
+        table |= prefixed(DOUBLE_BLOCK, f"double_blocks.{i}", f"transformer_blocks.{i}")
+    for i in range(depth_single_blocks):
+        table |= prefixed(SINGLE_BLOCK, f"single_blocks.{i}", f"single_transformer_blocks.{i}")
+    return table
+
+
+def autoencoder_modules(levels: int, blocks: int) -> Table:
+    """All modules of an autoencoder with so many levels and (in the encoder) residual blocks a level."""
+    table: Table = {}
+    for half in ("encoder", "decoder"):
+        for original, (diffusers,) in AUTOENCODER.items():
+            part = RESNET_BLOCK if original.startswith("mid.block") else {"": [""]}
+            table |= {f"{half}.{original}.{k}".rstrip("."): [f"{half}.{diffusers}.{v}".rstrip(".")] for k, (v,) in part.items()}
+    for i in range(levels):
+        # Note: the decoder's levels are numbered from the picture in the original, from the latents in diffusers.
+        up = levels - 1 - i
+        for j in range(blocks):
+            table |= prefixed(RESNET_BLOCK, f"encoder.down.{i}.block.{j}", f"encoder.down_blocks.{i}.resnets.{j}")
+        for j in range(blocks + 1):
+            table |= prefixed(RESNET_BLOCK, f"decoder.up.{i}.block.{j}", f"decoder.up_blocks.{up}.resnets.{j}")
+        table[f"encoder.down.{i}.downsample.conv"] = [f"encoder.down_blocks.{i}.downsamplers.0.conv"]
+        table[f"decoder.up.{i}.upsample.conv"] = [f"decoder.up_blocks.{up}.upsamplers.0.conv"]
+    return table
+
+
+def tensor_names(modules: Table, names: set[str]) -> Iterator[tuple[str, list[str]]]:
+    """Rows (original tensor, its diffusers tensors) of those modules whose diffusers tensors are among `names`."""
+    for original, parts in modules.items():
+        for suffix in ("weight", "bias"):
+            ours = "scale" if original.endswith(("query_norm", "key_norm")) else suffix
+            sources = [f"{part}.{suffix}" for part in parts]
+            if any(source in names for source in sources):
+                yield f"{original}.{ours}", sources
+
+
+def swap_halves(x: Tensor) -> Tensor:
+    """(2·d, ...) -> the second d rows, then the first."""
+    return torch.cat(x.chunk(2)[::-1])
+
+
+def count(names: set[str], prefix: str) -> int:
+    """How many blocks `prefix`.0, `prefix`.1, ... the names mention."""
+    indices = {int(name.removeprefix(prefix + ".").split(".")[0]) for name in names if name.startswith(prefix + ".")}
+    return max(indices, default=-1) + 1
+
+
+def from_diffusers(state: dict[str, Tensor], modules: Table) -> dict[str, Tensor]:
+    """Renames and joins a diffusers state dict, taking tensors *out of it* as it goes so that no second copy stays alive.
+    Names that no row knows, or that lack a sibling, are passed on unchanged for the strict loader to report."""
+    result = {}
+    for original, sources in list(tensor_names(modules, set(state))):
+        if all(source in state for source in sources):
+            parts = [state.pop(source) for source in sources]
+            result[original] = torch.cat(parts) if len(parts) > 1 else parts[0]
+    return result | state
+
+
+def mmdit_from_diffusers(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`FluxTransformer2DModel` names -> original names (empties `state`)."""
+    names = set(state)
+    state = from_diffusers(state, mmdit_modules(count(names, "transformer_blocks"), count(names, "single_transformer_blocks")))
+    return {k: swap_halves(v) if k.startswith(SWAPPED_HALVES) else v for k, v in state.items()}
+
+
+def mmdit_to_diffusers(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Original names -> `FluxTransformer2DModel` names."""
+    names, result = set(state), {}
+    hidden = state["img_in.weight"].shape[0]
+    for original, parts in mmdit_modules(count(names, "double_blocks"), count(names, "single_blocks")).items():
+        for ours, theirs in (("weight", "weight"), ("bias", "bias"), ("scale", "weight")):
+            if f"{original}.{ours}" in names:
+                tensor = state[f"{original}.{ours}"]
+                tensor = swap_halves(tensor) if original == SWAPPED_HALVES else tensor
+                pieces = tensor.tensor_split([hidden * i for i in range(1, len(parts))])  # q, k, v (hidden rows each), mlp
+                result |= {f"{part}.{theirs}": piece for part, piece in zip(parts, pieces)}
+    return result
+
+
+def autoencoder_levels(names: set[str]) -> tuple[int, int]:
+    """(levels, residual blocks a level of the encoder), from the names of either layout."""
+    for level, block in (("encoder.down", "block"), ("encoder.down_blocks", "resnets")):
+        if levels := count(names, level):
+            return levels, count(names, f"{level}.0.{block}")
+    return 0, 0
+
+
+def autoencoder_from_diffusers(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`AutoencoderKL` names -> original names (empties `state`)."""
+    state = from_diffusers(state, autoencoder_modules(*autoencoder_levels(set(state))))
+    # Note: what diffusers keeps as linear layers are 1x1 convolutions in the original.
+    return {k: v[:, :, None, None] if ".attn_1." in k and v.ndim == 2 else v for k, v in state.items()}
+
+
+def autoencoder_to_diffusers(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Original names -> `AutoencoderKL` names."""
+    modules = autoencoder_modules(*autoencoder_levels(set(state)))
+    result = {}
+    for name, tensor in state.items():
+        module, _, suffix = name.rpartition(".")
+        result[f"{modules[module][0]}.{suffix}"] = tensor[:, :, 0, 0] if ".attn_1." in name and tensor.ndim == 4 else tensor
+    return result

@@ -1,0 +1,1 @@
+"""One network, one file. These modules know only torch and each other."""

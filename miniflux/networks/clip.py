@@ -1,0 +1,120 @@
+"""CLIP's text tower: a prompt -> one vector.
+
+A small causal transformer reads up to 77 byte-pair tokens; what it holds at the end-of-text token is the prompt's
+pooled vector, which FLUX adds to the time embedding (Radford et al. 2021, arXiv:2103.00020).
+
+Attributes are named like the tensors of `openai/clip-vit-large-patch14`. Reference: transformers' `CLIPTextModel`.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class CLIPConfig:
+    """Sizes of the text tower; the defaults are CLIP ViT-L/14's (123,060,480 parameters)."""
+
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    vocab_size: int = 49408
+    max_position_embeddings: int = 77
+    layer_norm_eps: float = 1e-5
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """x · sigmoid(1.702 x), the approximation CLIP was trained with."""
+    return x * torch.sigmoid(1.702 * x)
+
+
+class CLIPAttention(nn.Module):
+    def __init__(self, width: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.q_proj = nn.Linear(width, width)
+        self.k_proj = nn.Linear(width, width)
+        self.v_proj = nn.Linear(width, width)
+        self.out_proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, is_causal: bool) -> Tensor:
+        q, k, v = (f(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)     # (B, H, S, D)
+                   for f in (self.q_proj, self.k_proj, self.v_proj))
+        x = F.scaled_dot_product_attention(q, k, v, is_causal=is_causal)
+        return self.out_proj(x.transpose(1, 2).flatten(2))                      # (B, S, width)
+
+
+class CLIPMLP(nn.Module):
+    def __init__(self, width: int, inner: int):
+        super().__init__()
+        self.fc1 = nn.Linear(width, inner)
+        self.fc2 = nn.Linear(inner, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(quick_gelu(self.fc1(x)))
+
+
+class CLIPLayer(nn.Module):
+    """x + attention(norm(x)), then x + MLP(norm(x))."""
+
+    def __init__(self, config: CLIPConfig):
+        super().__init__()
+        width, eps = config.hidden_size, config.layer_norm_eps
+        self.self_attn = CLIPAttention(width, config.num_attention_heads)
+        self.layer_norm1 = nn.LayerNorm(width, eps=eps)
+        self.mlp = CLIPMLP(width, config.intermediate_size)
+        self.layer_norm2 = nn.LayerNorm(width, eps=eps)
+
+    def forward(self, x: Tensor, is_causal: bool) -> Tensor:
+        x = x + self.self_attn(self.layer_norm1(x), is_causal)
+        return x + self.mlp(self.layer_norm2(x))
+
+
+class CLIPEncoder(nn.Module):
+    def __init__(self, config: CLIPConfig):
+        super().__init__()
+        self.layers = nn.ModuleList(CLIPLayer(config) for _ in range(config.num_hidden_layers))
+
+    def forward(self, x: Tensor, is_causal: bool) -> Tensor:
+        for layer in self.layers:
+            x = layer(x, is_causal)
+        return x
+
+
+class CLIPTextEmbeddings(nn.Module):
+    def __init__(self, config: CLIPConfig):
+        super().__init__()
+        self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.position_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.token_embedding(ids) + self.position_embedding.weight[:ids.shape[1]]  # (B, S, hidden)
+
+
+class CLIPTextTransformer(nn.Module):
+    def __init__(self, config: CLIPConfig):
+        super().__init__()
+        self.embeddings = CLIPTextEmbeddings(config)
+        self.encoder = CLIPEncoder(config)
+        self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.final_layer_norm(self.encoder(self.embeddings(ids), is_causal=True))
+
+
+class CLIPText(nn.Module):
+    """Token ids (B, S) -> the pooled vector (B, hidden)."""
+
+    def __init__(self, config: CLIPConfig = CLIPConfig()):
+        super().__init__()
+        self.config = config
+        self.text_model = CLIPTextTransformer(config)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.text_model(ids)                                                # (B, S, hidden)
+        # Note: end-of-text is the largest id, and argmax finds the first of them; the official config's eos_token_id
+        # (2) is a leftover and points nowhere. No padding mask: what follows the end cannot act on it (causal).
+        return x[torch.arange(len(ids), device=ids.device), ids.argmax(dim=-1)]  # (B, hidden)

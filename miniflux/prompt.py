@@ -1,0 +1,72 @@
+"""Text -> conditioning: what the transformer is told about the picture.
+
+    txt (B, L, context_in_dim)    one vector a token, from T5: the text stream
+    vec (B, vec_in_dim)           one vector a prompt, from CLIP: joins the time embedding
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .flux import Flux
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Encoded text of B prompts; accepted wherever a prompt is."""
+
+    txt: Tensor
+    vec: Tensor
+
+    def __post_init__(self):
+        if self.txt.ndim != 3 or self.vec.ndim != 2 or len(self.txt) != len(self.vec):
+            raise ValueError(f"a Prompt has txt (B, L, width) and vec (B, width), got {list(self.txt.shape)} and {list(self.vec.shape)}")
+
+    def __len__(self) -> int:
+        return len(self.vec)
+
+
+@torch.inference_mode()
+def encode_prompt(flux: Flux, prompt: str | list[str] | Prompt, max_text_tokens: int | None = None) -> Prompt:
+    """Encode one prompt or several, padded to `max_text_tokens` T5 tokens (by default as many as the model was made for).
+
+    Longer prompts are cut. Raises ValueError for a prompt that is not text, or for more tokens than the model can read."""
+    limit = flux.config.max_text_tokens
+    length = limit if max_text_tokens is None else max_text_tokens
+    if type(length) is not int or not 1 <= length <= limit:
+        raise ValueError(f"max_text_tokens is {length!r}: this model reads 1 to {limit} tokens")
+    if isinstance(prompt, Prompt):
+        return move(prompt, flux)
+    texts = [prompt] if isinstance(prompt, str) else prompt
+    if not isinstance(texts, (list, tuple)) or not texts or not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"the prompt must be a string, a list of strings or a Prompt, got {type(prompt).__name__} {prompt!r:.60}")
+    if None in (flux.clip_tokenizer, flux.t5_tokenizer, flux.clip, flux.t5):
+        raise ValueError("this model was loaded without its text encoders: pass an encoded Prompt, or add text_encoder/, "
+                         "text_encoder_2/, tokenizer/ and tokenizer_2/ to its folder")
+    device = flux.t5.shared.weight.device
+    # Note: padding is part of the text stream: T5 and the transformer attend to it.
+    txt = flux.t5(flux.t5_tokenizer(list(texts), length).to(device))            # (B, L, context_in_dim)
+    vec = flux.clip(flux.clip_tokenizer(list(texts)).to(device))                # (B, vec_in_dim)
+    return move(Prompt(txt, vec), flux)
+
+
+def move(prompt: Prompt, flux: Flux) -> Prompt:
+    """The prompt on the transformer's device, in its dtype."""
+    weight = flux.mmdit.img_in.weight
+    widths = flux.mmdit.config.context_in_dim, flux.mmdit.config.vec_in_dim
+    if (prompt.txt.shape[-1], prompt.vec.shape[-1]) != widths:
+        raise ValueError(f"the Prompt has the widths {prompt.txt.shape[-1]} and {prompt.vec.shape[-1]}, this model needs {widths[0]} and {widths[1]}")
+    return Prompt(prompt.txt.to(weight), prompt.vec.to(weight))
+
+
+def repeat(prompt: Prompt, n: int) -> Prompt:
+    """n copies of each prompt, side by side: a, b -> a, a, b, b."""
+    return Prompt(prompt.txt.repeat_interleave(n, dim=0), prompt.vec.repeat_interleave(n, dim=0))
+
+
+def match(negative: Prompt, count: int) -> Prompt:
+    """A negative prompt for each of `count` pictures: one for all, or as many as divide them evenly."""
+    if count % len(negative):
+        raise ValueError(f"there are {len(negative)} negative prompts for {count} pictures: give one, or one for each prompt")
+    return repeat(negative, count // len(negative))

@@ -1,0 +1,114 @@
+"""The algorithm of FLUX.1: from noise to latents, along a straight flow.
+
+    x(1) = noise,     dx/dt = v(x, t),     x(0) = the picture's latents
+
+    noise         starts a picture from its seed            schedule    the times from 1 to 0
+    patchify      latents -> tokens, and back               euler       the one loop: x = x + (t_next - t) · v(x, t)
+    image_ids     where each token lies                     flow        the velocity of a model for a prompt
+
+A variant of FLUX is another velocity or another start, never another loop. Rectified flow: Liu et al. 2022
+(arXiv:2209.03003), Esser et al. 2024 (arXiv:2403.03206). Reference: `src/flux/sampling.py` of the original repository.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from .networks.mmdit import MMDiT
+
+Velocity = Callable[[Tensor, float], Tensor]
+
+
+def noise(seeds: Iterable[int], height: int, width: int, channels: int = 16, dtype: torch.dtype = torch.float32) -> Tensor:
+    """One latent picture of standard normal noise a seed: (B, channels, height, width), sizes in latent pixels.
+
+    Drawn on the CPU, one generator a picture, so that a seed gives the same picture on every device and in every batch."""
+    return torch.cat([torch.randn((1, channels, height, width), generator=torch.Generator("cpu").manual_seed(seed), dtype=dtype)
+                      for seed in seeds])
+
+
+def patchify(z: Tensor) -> Tensor:
+    """Pattern "B C (h 2) (w 2) -> B (h w) (C 2 2)": each 2x2 patch of latents becomes one token.
+
+    Note: the channel varies slowest within a token, then the row, then the column."""
+    b, c, h, w = z.shape
+    z = z.reshape(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5)         # (B, h/2, w/2, C, 2, 2)
+    return z.reshape(b, h // 2 * (w // 2), 4 * c)                               # (B, N, 4·C)
+
+
+def unpatchify(tokens: Tensor, height: int, width: int) -> Tensor:
+    """The inverse of `patchify`: (B, N, 4·C) -> (B, C, height, width) in latent pixels."""
+    b, _, c = tokens.shape
+    z = tokens.reshape(b, height // 2, width // 2, c // 4, 2, 2).permute(0, 3, 1, 4, 2, 5)
+    return z.reshape(b, c // 4, height, width)                                  # (B, C, height, width)
+
+
+def image_ids(height: int, width: int, index: int = 0, device: torch.device | str = "cpu") -> Tensor:
+    """Positions (index, row, column) of the tokens of a picture of height x width latent pixels: (N, 3) integers."""
+    rows, columns = torch.meshgrid(torch.arange(height // 2), torch.arange(width // 2), indexing="ij")
+    return torch.stack([torch.full_like(rows, index), rows, columns], dim=-1).reshape(-1, 3).to(device)
+
+
+def text_ids(length: int, device: torch.device | str = "cpu") -> Tensor:
+    """Text tokens have no position: (L, 3) zeros."""
+    return torch.zeros(length, 3, dtype=torch.int64, device=device)
+
+
+def schedule(steps: int, tokens: int, *, dynamic_shift: bool = True, shift: float = 1.0, sigmas: Sequence[float] | None = None) -> list[float]:
+    """The times 1 = t_0 > t_1 > ... > t_steps = 0; `sigmas` replaces the even spacing before the shift.
+
+    Larger pictures need more of their time at high noise. With `dynamic_shift` (dev) t becomes e^mu / (e^mu + 1/t - 1),
+    mu rising linearly from 0.5 at 256 image tokens to 1.15 at 4096; otherwise (schnell) shift·t / (1 + (shift - 1)·t).
+
+    >>> schedule(4, 4096, dynamic_shift=False)
+    [1.0, 0.75, 0.5, 0.25, 0.0]
+    >>> [round(t, 6) for t in schedule(4, 4096)]
+    [1.0, 0.904531, 0.759511, 0.512844, 0.0]
+    """
+    times = [1 - i / steps for i in range(steps)] if sigmas is None else [float(s) for s in sigmas]
+    mu = 0.5 + (tokens - 256) * (1.15 - 0.5) / (4096 - 256)
+    factor = math.exp(mu) if dynamic_shift else shift                           # e^mu / (e^mu + 1/t - 1), multiplied by t
+    return [factor * t / (1 + (factor - 1) * t) for t in times] + [0.0]
+
+
+def flow(mmdit: MMDiT, txt: Tensor, vec: Tensor, guidance: float | None, img_ids: Tensor) -> Velocity:
+    """The model's velocity for encoded prompts txt (B, L, ·), vec (B, ·) on image tokens at img_ids (N, 3)."""
+    def per_picture(value: float) -> Tensor:
+        # Note: time and guidance are rounded to the model's dtype, as in the original.
+        return torch.full((len(vec),), value, dtype=txt.dtype, device=txt.device)
+
+    txt_ids = text_ids(txt.shape[1], txt.device)
+    strength = None if guidance is None else per_picture(guidance)
+
+    def velocity(x: Tensor, t: float) -> Tensor:
+        return mmdit(x.to(txt.dtype), txt, vec, per_picture(t), strength, img_ids, txt_ids)
+
+    return velocity
+
+
+def classifier_free(velocity: Velocity, unwanted: Velocity, scale: float) -> Velocity:
+    """True classifier-free guidance (Ho & Salimans 2022, arXiv:2207.12598): away from `unwanted`, two passes a step."""
+    def guided(x: Tensor, t: float) -> Tensor:
+        v = velocity(x, t)
+        v_unwanted = unwanted(x, t)
+        return v_unwanted + scale * (v - v_unwanted)
+
+    return guided
+
+
+def euler(velocity: Velocity, x: Tensor, ts: Sequence[float], on_step: Callable[[int, float, Tensor], None] | None = None,
+          progress: bool = False) -> Tensor:
+    """Integrates dx/dt = velocity(x, t) along the times `ts`; x in float32, whatever the velocity's dtype.
+
+    `on_step(step, t, x)` is called before each step with its number (from 0), its time and the state at that time.
+    `progress` shows a bar on stderr, if that is a terminal."""
+    x = x.float()
+    steps = list(zip(ts, ts[1:]))
+    for step, (t, t_next) in enumerate(tqdm(steps, disable=None if progress else True, leave=False)):
+        if on_step is not None:
+            on_step(step, t, x)
+        x = x + (t_next - t) * velocity(x, t).float()
+    return x

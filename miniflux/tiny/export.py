@@ -1,0 +1,87 @@
+"""Trained networks -> the diffusers folder layout, with official class names and configs, in bfloat16.
+
+What is written here, diffusers and transformers load too.
+"""
+
+import os
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..checkpoints.names import autoencoder_to_diffusers, mmdit_to_diffusers
+from ..networks.autoencoder import Autoencoder, AutoencoderConfig
+from ..networks.clip import CLIPConfig, CLIPText
+from ..networks.mmdit import MMDiT, MMDiTConfig
+from ..networks.t5 import T5, T5Config
+from .vocabulary import write_json
+
+PARTS = {
+    "scheduler": ("diffusers", "FlowMatchEulerDiscreteScheduler"),
+    "text_encoder": ("transformers", "CLIPTextModel"), "text_encoder_2": ("transformers", "T5EncoderModel"),
+    "tokenizer": ("transformers", "CLIPTokenizer"), "tokenizer_2": ("transformers", "T5TokenizerFast"),
+    "transformer": ("diffusers", "FluxTransformer2DModel"), "vae": ("diffusers", "AutoencoderKL"),
+}
+
+
+def mmdit_json(c: MMDiTConfig) -> dict:
+    return {"_class_name": "FluxTransformer2DModel", "patch_size": 1, "in_channels": c.in_channels, "out_channels": c.out_channels,
+            "num_layers": c.depth, "num_single_layers": c.depth_single_blocks, "attention_head_dim": c.hidden_size // c.num_heads,
+            "num_attention_heads": c.num_heads, "joint_attention_dim": c.context_in_dim, "pooled_projection_dim": c.vec_in_dim,
+            "guidance_embeds": c.guidance_embed, "axes_dims_rope": list(c.axes_dim)}
+
+
+def autoencoder_json(c: AutoencoderConfig, sample_size: int) -> dict:
+    return {"_class_name": "AutoencoderKL", "act_fn": "silu", "block_out_channels": [c.ch * m for m in c.ch_mult],
+            "down_block_types": ["DownEncoderBlock2D"] * len(c.ch_mult), "up_block_types": ["UpDecoderBlock2D"] * len(c.ch_mult),
+            "in_channels": 3, "out_channels": 3, "latent_channels": c.z_channels, "layers_per_block": c.num_res_blocks,
+            "mid_block_add_attention": True, "norm_num_groups": c.num_groups, "sample_size": sample_size, "force_upcast": False,
+            "scaling_factor": c.scale_factor, "shift_factor": c.shift_factor, "use_quant_conv": False, "use_post_quant_conv": False}
+
+
+def clip_json(c: CLIPConfig) -> dict:
+    # Note: eos_token_id 2 as in the official file makes transformers pool at the largest id, as FLUX does.
+    return {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model", "hidden_act": "quick_gelu", "hidden_size": c.hidden_size,
+            "intermediate_size": c.intermediate_size, "num_hidden_layers": c.num_hidden_layers, "layer_norm_eps": c.layer_norm_eps,
+            "num_attention_heads": c.num_attention_heads, "max_position_embeddings": c.max_position_embeddings,
+            "vocab_size": c.vocab_size, "projection_dim": c.hidden_size, "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1}
+
+
+def t5_json(c: T5Config) -> dict:
+    return {"architectures": ["T5EncoderModel"], "model_type": "t5", "feed_forward_proj": "gated-gelu", "d_model": c.d_model,
+            "d_kv": c.d_kv, "d_ff": c.d_ff, "num_layers": c.num_layers, "num_decoder_layers": c.num_layers, "num_heads": c.num_heads,
+            "relative_attention_num_buckets": c.num_buckets, "relative_attention_max_distance": c.max_distance,
+            "layer_norm_epsilon": 1e-6, "vocab_size": c.vocab_size, "is_encoder_decoder": False, "dropout_rate": 0.0,
+            "pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0, "tie_word_embeddings": False}
+
+
+def write_part(folder: Path, config: dict, stem: str, state: dict[str, Tensor]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "config.json", config)
+    partial = folder / f"{stem}.part"
+    save_file({k: v.detach().to("cpu", torch.bfloat16).contiguous() for k, v in state.items()}, partial, {"format": "pt"})
+    os.replace(partial, folder / f"{stem}.safetensors")
+
+
+def write_autoencoder(folder: Path, network: Autoencoder, sample_size: int = 128) -> None:
+    """`vae/`."""
+    write_part(folder / "vae", autoencoder_json(network.config, sample_size), "diffusion_pytorch_model",
+               autoencoder_to_diffusers(network.state_dict()))
+
+
+def write_mmdit(folder: Path, network: MMDiT) -> None:
+    """`transformer/`, and the files that make the folder a whole: `scheduler/` and `model_index.json`."""
+    write_part(folder / "transformer", mmdit_json(network.config), "diffusion_pytorch_model", mmdit_to_diffusers(network.state_dict()))
+    (folder / "scheduler").mkdir(exist_ok=True)
+    write_json(folder / "scheduler" / "scheduler_config.json",
+               {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3.0 if network.config.guidance_embed else 1.0,
+                "use_dynamic_shifting": network.config.guidance_embed, "base_shift": 0.5, "max_shift": 1.15,
+                "base_image_seq_len": 256, "max_image_seq_len": 4096})
+    write_json(folder / "model_index.json", {"_class_name": "FluxPipeline", "_diffusers_version": "0.30.0"} | PARTS)
+
+
+def write_text_encoders(folder: Path, clip: CLIPText, t5: T5) -> None:
+    """`text_encoder/` and `text_encoder_2/`."""
+    write_part(folder / "text_encoder", clip_json(clip.config), "model", clip.state_dict())
+    write_part(folder / "text_encoder_2", t5_json(t5.config), "model", t5.state_dict())

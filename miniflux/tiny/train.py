@@ -1,0 +1,78 @@
+"""Trains the tiny FLUX, stage by stage, into a folder that diffusers could have written.
+
+    python -m miniflux.tiny.train vocabulary
+    python -m miniflux.tiny.train autoencoder --minutes 14
+    python -m miniflux.tiny.train base --minutes 75
+    python -m miniflux.tiny.train guidance --minutes 12
+
+Everything lies below `--work`: each stage's state, log and sample sheet in its own folder, and in `model/` the model so
+far, which `miniflux.load` opens once it is complete. A stage that was interrupted goes on where its last saved state ended.
+The emoji font must be installed (see `scenes.py`), and `pip install "miniflux-torch[train]"`.
+"""
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ..checkpoints.layouts import load_autoencoder
+from ..flux import find_device
+from ..networks.autoencoder import Autoencoder
+from ..networks.tokenizers import CLIPTokenizer, T5Tokenizer
+from . import export, train_autoencoder, train_flow, vocabulary
+
+
+def averaged(folder: Path) -> dict[str, Tensor]:
+    """The averaged weights of a stage's last state."""
+    return {k.removeprefix("ema."): v for k, v in load_file(folder / "state.safetensors").items() if k.startswith("ema.")}
+
+
+def parts(model: Path, device: torch.device) -> tuple[Autoencoder, CLIPTokenizer, T5Tokenizer]:
+    """What a painter is trained between: autoencoder and vocabularies."""
+    autoencoder = load_autoencoder(model / "vae", device, torch.float32).to(memory_format=torch.channels_last)
+    return autoencoder, CLIPTokenizer.from_folder(model / "tokenizer"), T5Tokenizer.from_folder(model / "tokenizer_2")
+
+
+def train_autoencoder_stage(work: Path, steps: int | None, minutes: float | None, device: torch.device) -> None:
+    scale, shift = train_autoencoder.run(work / "autoencoder", steps, minutes, device)
+    network = Autoencoder(replace(train_autoencoder.CONFIG, scale_factor=scale, shift_factor=shift))
+    network.load_state_dict(averaged(work / "autoencoder"))
+    export.write_autoencoder(work / "model", network)
+
+
+def train_painter_stage(work: Path, stage: str, steps: int | None, minutes: float | None, device: torch.device) -> None:
+    teacher, lr = (averaged(work / "base"), 1e-3) if stage == "guidance" else (None, 2e-3)
+    train_flow.run(work / stage, parts(work / "model", device), steps, minutes, device, teacher, lr=lr)
+    painter = train_flow.Painter()
+    painter.load_state_dict(averaged(work / stage))
+    export.write_mmdit(work / "model", painter.mmdit)
+    export.write_text_encoders(work / "model", painter.clip, painter.t5)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m miniflux.tiny.train", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stage", choices=["vocabulary", "autoencoder", "base", "guidance"])
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--minutes", type=float, help="train for so long (default 15)")
+    length.add_argument("--steps", type=int, help="train for so many steps")
+    parser.add_argument("--work", type=Path, default=Path("tiny-training"), help="the folder of all results (default tiny-training)")
+    parser.add_argument("--device", type=find_device, default=find_device(), help="default: CUDA, then MPS, then the CPU")
+    args = parser.parse_args()
+    minutes = args.minutes if args.minutes or args.steps else 15.0
+    try:
+        if args.stage == "vocabulary":
+            vocabulary.learn(args.work / "model")
+        elif args.stage == "autoencoder":
+            train_autoencoder_stage(args.work, args.steps, minutes, args.device)
+        else:
+            train_painter_stage(args.work, args.stage, args.steps, minutes, args.device)
+    except (OSError, ValueError, ImportError) as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,121 @@
+"""One training loop for everything that is trained here: resumable, reproducible, watched.
+
+    python's picture of it:   for step in ...:  loss = loss_of(step);  loss.backward();  optimizer.step();  average weights
+
+Each step draws its random numbers from a generator seeded with (seed, step), so a run that was killed and resumed goes
+exactly the way it would have gone. The length of a run is given in steps, or in minutes of wall-clock time.
+"""
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+
+def make_optimizers(net: nn.Module, lr: float, weight_decay: float = 0.01) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices inside the networks (Jordan et al. 2024), AdamW for embeddings, convolutions, vectors and
+    the first and last layer."""
+    def is_inner_matrix(name: str, p: Tensor) -> bool:
+        return p.ndim == 2 and not any(word in name for word in ("embed", "shared", "_bias", "img_in", "final_layer.linear"))
+
+    named = [(name, p) for name, p in net.named_parameters() if p.requires_grad]
+    inner = [p for name, p in named if is_inner_matrix(name, p)]
+    outer = [p for name, p in named if not is_inner_matrix(name, p)]
+    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(outer, lr=lr, betas=(0.9, 0.98), weight_decay=weight_decay)]
+    if inner:
+        optimizers.append(torch.optim.Muon(inner, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"))
+    return optimizers
+
+
+def learning_rate_factor(progress: float, step: int, warmup: int = 100, decay_from: float = 0.5) -> float:
+    """Rises for `warmup` steps, stays, and falls linearly to zero after `decay_from` of the run; progress in [0, 1]."""
+    return min((step + 1) / warmup, 1.0) * min((1 - progress) / (1 - decay_from), 1.0)
+
+
+def save_state(path: Path, net: nn.Module, ema: dict[str, Tensor], optimizers: list, step: int, seconds: float) -> None:
+    """Everything a run needs to go on, in one safetensors file, replaced in one stroke."""
+    tensors = {f"net.{k}": v for k, v in net.state_dict().items()} | {f"ema.{k}": v for k, v in ema.items()}
+    for i, optimizer in enumerate(optimizers):
+        for j, entries in optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{i}.{j}.{k}": v for k, v in entries.items()}
+    partial = path.with_suffix(".part")
+    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, partial,
+              {"step": str(step), "seconds": str(seconds)})
+    os.replace(partial, path)
+
+
+def load_state(path: Path, net: nn.Module, ema: dict[str, Tensor], optimizers: list) -> tuple[int, float]:
+    """Restores what `save_state` wrote; returns (step, seconds)."""
+    with safe_open(path, "pt") as file:
+        tensors, meta = {k: file.get_tensor(k) for k in file.keys()}, file.metadata()
+    net.load_state_dict({k[4:]: v for k, v in tensors.items() if k.startswith("net.")})
+    for k in ema:
+        ema[k].copy_(tensors[f"ema.{k}"])
+    for i, optimizer in enumerate(optimizers):
+        state = optimizer.state_dict()
+        for name, value in tensors.items():
+            if name.startswith(f"optimizer.{i}."):
+                _, _, j, entry = name.split(".")
+                state["state"].setdefault(int(j), {})[entry] = value
+        optimizer.load_state_dict(state)
+    return int(meta["step"]), float(meta["seconds"])
+
+
+def train(net: nn.Module, loss_of: Callable[[torch.Generator], Tensor], folder: Path, *, lr: float, steps: int | None = None,
+          minutes: float | None = None, seed: int = 0, ema_decay: float = 0.999, save_every: int = 500, log_every: int = 50,
+          on_save: Callable[[int, dict[str, Tensor]], dict] | None = None) -> dict[str, Tensor]:
+    """Minimise loss_of(generator) over the weights of `net` for `steps` steps or `minutes` minutes; returns the averaged
+    weights. The state, a log in JSON lines and what `on_save(step, averaged weights)` adds to it live in `folder`."""
+    if (steps is None) == (minutes is None):
+        raise ValueError(f"give either steps or minutes, got steps={steps} and minutes={minutes}")
+    folder.mkdir(parents=True, exist_ok=True)
+    state, log = folder / "state.safetensors", folder / "log.jsonl"
+    optimizers = make_optimizers(net, lr)
+    ema = {k: v.detach().clone() for k, v in net.state_dict().items()}
+    step, seconds = load_state(state, net, ema, optimizers) if state.exists() else (0, 0.0)
+    began, losses = time.monotonic() - seconds, []
+    while True:
+        seconds = time.monotonic() - began
+        progress = step / steps if steps else seconds / (60 * minutes)
+        if progress >= 1:
+            break
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr * learning_rate_factor(progress, step)
+            optimizer.zero_grad(set_to_none=True)
+        loss = loss_of(generator)
+        loss.backward()
+        nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+        step += 1
+        decay = min(ema_decay, step / (step + 10))
+        torch._foreach_lerp_(list(ema.values()), [v.detach() for v in net.state_dict().values()], 1 - decay)
+        losses.append(loss.detach())
+        if step % log_every == 0:
+            write_log(log, step=step, seconds=round(seconds, 1), loss=float(torch.stack(losses).mean()))
+            if not math.isfinite(float(loss)):
+                raise ValueError(f"the loss became {float(loss)} at step {step}: lower the learning rate")
+            losses.clear()
+        if step % save_every == 0:
+            save_state(state, net, ema, optimizers, step, time.monotonic() - began)
+            if on_save:
+                write_log(log, step=step, **on_save(step, ema))
+    save_state(state, net, ema, optimizers, step, seconds)
+    if on_save:
+        write_log(log, step=step, **on_save(step, ema))
+    return ema
+
+
+def write_log(path: Path, **entry) -> None:
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(entry) + "\n")
+    print(" ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in entry.items()), flush=True)

@@ -1,0 +1,281 @@
+"""The transformer against oracles by hand: parameter counts and names of the official files, and each of its parts
+written out once more in the plainest way."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from miniflux.networks import mmdit
+from miniflux.networks.mmdit import (DoubleBlock, FinalLayer, MMDiT, MMDiTConfig, RMSNorm, SingleBlock, modulate, split_heads,
+                                     timestep_embedding)
+
+SMALL = MMDiTConfig(in_channels=8, out_channels=8, vec_in_dim=12, context_in_dim=20, hidden_size=32, num_heads=2, depth=2,
+                    depth_single_blocks=2, axes_dim=(4, 4, 8))
+L, N = 3, 6
+
+
+def small(**changes) -> MMDiT:
+    torch.manual_seed(0)
+    return MMDiT(MMDiTConfig(**{**SMALL.__dict__, **changes}))
+
+
+def inputs(batch: int = 2, **changes) -> dict:
+    torch.manual_seed(1)
+    ids = torch.tensor([[0, row, column] for row in range(2) for column in range(3)])
+    return dict(img=torch.randn(batch, N, 8), txt=torch.randn(batch, L, 20), vec=torch.randn(batch, 12),
+                t=torch.linspace(0.2, 0.9, batch), guidance=torch.full((batch,), 3.5), img_ids=ids,
+                txt_ids=torch.zeros(L, 3, dtype=torch.int64)) | changes
+
+
+@pytest.mark.parametrize("changes, parameters, tensors", [
+    ({}, 11_901_408_320, 780),
+    ({"guidance_embed": False}, 11_891_178_560, 776),
+    ({"in_channels": 128}, 11_901_604_928, 780),
+    ({"in_channels": 384}, 11_902_391_360, 780)], ids=["dev", "schnell", "control", "fill"])
+def test_the_official_sizes_have_the_official_number_of_parameters(changes, parameters, tensors):
+    with torch.device("meta"):
+        model = MMDiT(MMDiTConfig(**changes))
+    assert sum(p.numel() for p in model.parameters()) == parameters
+    assert len(model.state_dict()) == tensors
+
+
+def test_the_tensors_are_named_as_in_the_official_file():
+    def linear(*names):
+        return {f"{name}.{kind}" for name in names for kind in ("weight", "bias")}
+
+    norms = {f"norm.{kind}_norm.scale" for kind in ("query", "key")}
+    streams = {f"{stream}_{name}" for stream in ("img", "txt")
+               for name in linear("mod.lin", "attn.qkv", "attn.proj", "mlp.0", "mlp.2") | {"attn." + norm for norm in norms}}
+    embedders = [f"{name}_in.{layer}_layer" for name in ("time", "vector", "guidance") for layer in ("in", "out")]
+    expected = linear("img_in", "txt_in", *embedders, "final_layer.linear", "final_layer.adaLN_modulation.1")
+    expected |= {f"double_blocks.{i}.{name}" for i in range(2) for name in streams}
+    expected |= {f"single_blocks.{i}.{name}" for i in range(2) for name in linear("linear1", "linear2", "modulation.lin") | norms}
+    assert set(small().state_dict()) == expected
+
+
+def test_axes_that_do_not_fill_a_head_are_refused():
+    with pytest.raises(ValueError, match="must sum to the head width"):
+        MMDiTConfig(axes_dim=(16, 56, 48))
+
+
+# ---------------------------------------------------------------------------------------------------------- conditioning
+
+
+def test_cosines_come_before_sines():
+    assert torch.equal(timestep_embedding(torch.zeros(2)), torch.cat([torch.ones(2, 128), torch.zeros(2, 128)], dim=1))
+
+
+def test_the_time_is_multiplied_by_a_thousand_and_the_frequencies_fall_to_one_ten_thousandth():
+    embedding = timestep_embedding(torch.tensor([0.25]))[0]
+    for k in (0, 1, 64, 127):
+        angle = 250 * 10000 ** (-k / 128)
+        assert embedding[k].item() == pytest.approx(math.cos(angle), abs=1e-4)
+        assert embedding[128 + k].item() == pytest.approx(math.sin(angle), abs=1e-4)
+
+
+@pytest.mark.parametrize("dtype, value, thousandfold", [
+    (torch.bfloat16, 0.90453076, 908), (torch.bfloat16, 3.5, 3504), (torch.bfloat16, 30, 29952), (torch.bfloat16, 10, 9984),
+    (torch.bfloat16, 2.5, 2496), (torch.float16, 3.5, 3500), (torch.float16, 30, 30000), (torch.float16, 2.5, 2500)])
+def test_time_and_guidance_are_rounded_as_in_the_original(dtype, value, thousandfold):
+    embedding = timestep_embedding(torch.tensor([value]).to(dtype))
+    frequencies = 10000 ** (-torch.arange(128, dtype=torch.float64) / 128)
+    exact = torch.cat([(thousandfold * frequencies).cos(), (thousandfold * frequencies).sin()])
+    assert embedding.dtype == dtype
+    # One rounding of the result, and the float32 error of an angle of up to 30,000.
+    torch.testing.assert_close(embedding[0].double(), exact, rtol=0, atol=torch.finfo(dtype).eps / 2 + 3e-3)
+
+
+def test_time_guidance_and_prompt_are_summed():
+    model, x = small(), inputs()
+    vec, t, guidance = x["vec"], x["t"], x["guidance"]
+    expected = (model.time_in(timestep_embedding(t)) + model.guidance_in(timestep_embedding(guidance)) + model.vector_in(vec))
+    torch.testing.assert_close(model.conditioning(vec, t, guidance), expected)
+    y = model.vector_in.out_layer(F.silu(model.vector_in.in_layer(vec)))
+    torch.testing.assert_close(model.vector_in(vec), y)
+
+
+def test_a_missing_or_useless_guidance_is_refused():
+    with pytest.raises(ValueError, match="needs a guidance value"):
+        small()(**inputs(guidance=None))
+    with pytest.raises(ValueError, match="pass guidance=None"):
+        small(guidance_embed=False)(**inputs())
+    assert small(guidance_embed=False)(**inputs(guidance=None)).shape == (2, N, 8)
+
+
+# ----------------------------------------------------------------------------------------------------------------- parts
+
+
+def test_the_rows_of_a_fused_projection_are_q_then_k_then_v_each_head_by_head():
+    x = torch.randn(2, 5, 3 * 4 * 8)
+    qkv = split_heads(x, num_heads=4)
+    assert qkv.shape == (3, 2, 4, 5, 8)
+    for part in range(3):
+        for head in range(4):
+            start = part * 32 + head * 8
+            assert torch.equal(qkv[part, :, head], x[..., start: start + 8])
+
+
+def test_modulation_is_one_plus_scale_times_layer_norm_plus_shift():
+    x, shift, scale = torch.randn(2, 5, 32), torch.randn(2, 1, 32), torch.randn(2, 1, 32)
+    normed = (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, unbiased=False) + 1e-6).sqrt()
+    torch.testing.assert_close(modulate(x, shift, scale), (1 + scale) * normed + shift)
+
+
+def test_rms_norm_subtracts_no_mean_and_survives_float16():
+    norm = RMSNorm(8)
+    norm.scale = torch.nn.Parameter(torch.linspace(0.5, 2, 8))
+    for x in (torch.randn(3, 8) + 5, 1e-3 * torch.randn(3, 8)):
+        torch.testing.assert_close(norm(x), x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * norm.scale)
+    big = norm.half()(torch.full((1, 8), 1000.0, dtype=torch.float16))          # its square is not a float16 number
+    torch.testing.assert_close(big[0], norm.scale, rtol=1e-3, atol=0)
+
+
+def test_the_gelu_is_the_tanh_approximation():
+    block = DoubleBlock(32, 2, 64)
+    for gelu in (block.img_mlp[1], block.txt_mlp[1]):
+        x = torch.tensor([-2.0, 0.5, 3.0])
+        torch.testing.assert_close(gelu(x), 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))))
+
+
+def rotation(tokens: int) -> torch.Tensor:
+    return mmdit.rope_table(torch.arange(3 * tokens).view(tokens, 3), (4, 4, 8), 10000.0)
+
+
+def test_a_double_block_written_out():
+    torch.manual_seed(0)
+    block = DoubleBlock(32, 2, 64)
+    img, txt, vec, pe = torch.randn(2, N, 32), torch.randn(2, L, 32), torch.randn(2, 32), rotation(L + N)
+
+    def chunks(mod):                                    # shift, scale, gate of the attention, then of the MLP
+        return mod.lin(F.silu(vec)).view(2, 6, 1, 32).unbind(1)
+
+    def project(x, attn):
+        q, k, v = attn.qkv(x).view(2, -1, 3, 2, 16).permute(2, 0, 3, 1, 4)
+        return attn.norm.query_norm(q), attn.norm.key_norm(k), v
+
+    streams = [(txt, block.txt_mod, block.txt_attn, block.txt_mlp), (img, block.img_mod, block.img_attn, block.img_mlp)]
+    projected = [project(modulate(x, *chunks(mod)[:2]), attn) for x, mod, attn, _ in streams]
+    q, k, v = (torch.cat(parts, dim=2) for parts in zip(*projected))            # text first
+    both = mmdit.attention(q, k, v, pe)
+    expected = []
+    for (x, mod, attn, mlp), out in zip(streams, (both[:, :L], both[:, L:])):
+        _, _, gate1, shift2, scale2, gate2 = chunks(mod)
+        x = x + gate1 * attn.proj(out)
+        expected.append(x + gate2 * mlp(modulate(x, shift2, scale2)))
+    img_out, txt_out = block(img, txt, vec, pe)
+    torch.testing.assert_close(txt_out, expected[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(img_out, expected[1], rtol=1e-5, atol=1e-5)
+
+
+def test_a_single_block_written_out():
+    torch.manual_seed(0)
+    block = SingleBlock(32, 2, 64)
+    x, vec, pe = torch.randn(2, 7, 32), torch.randn(2, 32), rotation(7)
+    shift, scale, gate = block.modulation.lin(F.silu(vec)).view(2, 3, 1, 32).unbind(1)
+    h = modulate(x, shift, scale)
+    weight, bias = block.linear1.weight, block.linear1.bias
+    q, k, v = (F.linear(h, weight[i: i + 32], bias[i: i + 32]).view(2, 7, 2, 16).transpose(1, 2) for i in (0, 32, 64))
+    attn = mmdit.attention(block.norm.query_norm(q), block.norm.key_norm(k), v, pe)
+    mlp = F.gelu(F.linear(h, weight[96:], bias[96:]), approximate="tanh")
+    y = F.linear(attn, block.linear2.weight[:, :32]) + F.linear(mlp, block.linear2.weight[:, 32:]) + block.linear2.bias
+    torch.testing.assert_close(block(x, vec, pe), x + gate * y, rtol=1e-5, atol=1e-5)
+
+
+def test_the_final_layer_reads_shift_before_scale():
+    layer = FinalLayer(32, 8)
+    img, vec = torch.randn(2, N, 32), torch.randn(2, 32)
+    shift, scale = layer.adaLN_modulation[1](F.silu(vec)).view(2, 2, 1, 32).unbind(1)
+    torch.testing.assert_close(layer(img, vec), layer.linear(modulate(img, shift, scale)))
+
+
+def test_closed_gates_leave_both_streams_untouched():
+    block = DoubleBlock(32, 2, 64)
+    for mod in (block.img_mod, block.txt_mod):
+        for gate in (2, 5):
+            mod.lin.weight[32 * gate: 32 * gate + 32] = 0
+            mod.lin.bias[32 * gate: 32 * gate + 32] = 0
+    img, txt = torch.randn(2, N, 32), torch.randn(2, L, 32)
+    img_out, txt_out = block(img, txt, torch.randn(2, 32), rotation(L + N))
+    assert torch.equal(img_out, img) and torch.equal(txt_out, txt)
+
+
+# ------------------------------------------------------------------------------------------------------------- the whole
+
+
+def test_text_tokens_come_before_image_tokens(monkeypatch):
+    model, x, seen = small(), inputs(), []
+
+    def spy(q, k, v, pe):
+        seen.append((v, pe))
+        return attention(q, k, v, pe)
+
+    attention = mmdit.attention
+    monkeypatch.setattr(mmdit, "attention", spy)
+    x["txt_ids"] = torch.full((L, 3), 7)                # recognisable, where FLUX has zeros
+    model(**x)
+    values = model.double_blocks[0].txt_attn.project(modulate(model.txt_in(x["txt"]), *model.double_blocks[0].txt_mod(
+        model.conditioning(x["vec"], x["t"], x["guidance"]))[:2]))[2]
+    torch.testing.assert_close(seen[0][0][:, :, :L], values)
+    assert len(seen) == 4 and all(v.shape[2] == L + N for v, _ in seen)
+    expected = mmdit.rope_table(torch.cat([x["txt_ids"], x["img_ids"]]), (4, 4, 8), 10000.0)
+    assert all(torch.equal(pe, expected) for _, pe in seen)
+
+
+def test_the_velocity_belongs_to_the_image_tokens():
+    model, x = small(), inputs()
+    changed = model(**x | {"img_ids": x["img_ids"].flip(0), "img": x["img"].flip(1)})
+    torch.testing.assert_close(changed.flip(1), model(**x), rtol=1e-4, atol=1e-5)
+
+
+def test_text_tokens_have_no_order():
+    model, x = small(), inputs()
+    torch.testing.assert_close(model(**x | {"txt": x["txt"].flip(1)}), model(**x), rtol=1e-4, atol=1e-5)
+
+
+def test_a_batch_equals_its_singles():
+    model, x = small(), inputs(batch=3)
+    together = model(**x)
+    for i in range(3):
+        alone = {name: value if "ids" in name else value[i: i + 1] for name, value in x.items()}
+        torch.testing.assert_close(model(**alone), together[i: i + 1], rtol=1e-4, atol=1e-5)
+
+
+# --------------------------------------------------------------------------------------------------------------- float16
+
+
+def loud(block: torch.nn.Module, *linears: torch.nn.Linear) -> torch.nn.Module:
+    """A float16 block whose given linears overflow."""
+    block.half()
+    for linear in linears:
+        linear.bias.fill_(65504)
+        linear.weight.fill_(0)
+    return block
+
+
+def open_gates(modulation: mmdit.Modulation) -> None:
+    modulation.lin.weight.zero_()
+    modulation.lin.bias.fill_(2)
+
+
+def test_float16_text_is_clamped_after_a_double_block():
+    block = DoubleBlock(32, 2, 64)
+    open_gates(block.txt_mod)
+    loud(block, block.txt_mlp[2])
+    txt = block(torch.randn(1, N, 32).half(), torch.randn(1, L, 32).half(), torch.randn(1, 32).half(), rotation(L + N))[1]
+    assert torch.equal(txt, torch.full_like(txt, 65504))
+
+
+def test_float16_tokens_are_clamped_after_a_single_block():
+    block = SingleBlock(32, 2, 64)
+    open_gates(block.modulation)
+    loud(block, block.linear2)
+    x = block(torch.randn(1, 7, 32).half(), torch.randn(1, 32).half(), rotation(7))
+    assert torch.equal(x, torch.full_like(x, 65504))
+
+
+def test_other_dtypes_are_not_clamped():
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.tensor([1e5, -1e30], dtype=dtype)
+        assert torch.equal(mmdit.clamp_fp16(x), x)
