@@ -258,7 +258,7 @@ class CharacterMap:
         node = self.children[0]
         for byte in key.encode("utf-8"):
             unit, node = self.units[node ^ byte], self.children[node ^ byte]
-            if byte == 0 or unit & 0x800000FF != byte:
+            if unit & 0x800000FF != byte:
                 return None
             if unit & 256:
                 position = self.units[node] & 0x7FFFFFFF

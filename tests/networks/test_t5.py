@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from miniflux.networks import t5 as module
-from miniflux.networks.t5 import T5, T5FF, T5Attention, T5Config, T5LayerFF, T5LayerNorm, clamp_fp16, relative_position_bucket
+from miniflux.networks.t5 import (T5, T5FF, T5Attention, T5Config, T5LayerFF, T5LayerNorm, T5LayerSelfAttention, clamp_fp16,
+                                  relative_position_bucket)
 
 SMALL = T5Config(d_model=16, d_kv=6, d_ff=24, num_layers=2, num_heads=4, vocab_size=30)
 
@@ -111,6 +112,10 @@ def test_float16_outliers_are_clamped_further_if_one_is_infinite():
 
 
 def test_float16_layers_stay_finite():
-    layer = T5LayerFF(SMALL).half()
-    layer.DenseReluDense.wo.weight.fill_(60000)
-    assert layer(torch.randn(1, 5, 16).half()).isfinite().all()
+    x, bias = torch.ones(1, 5, 16).half(), torch.zeros(1, 4, 5, 5).half()
+    attention, ff = T5LayerSelfAttention(SMALL, False).half(), T5LayerFF(SMALL).half()
+    for linear in (attention.SelfAttention.v, attention.SelfAttention.o, ff.DenseReluDense.wi_0, ff.DenseReluDense.wi_1,
+                   ff.DenseReluDense.wo):
+        linear.weight.fill_(100)
+    assert torch.equal(attention(x, bias), torch.full_like(x, 64504))
+    assert torch.equal(ff(x), torch.full_like(x, 64504))

@@ -1,0 +1,151 @@
+"""Measures miniflux beside diffusers: the same weights, the same machine, the same run. Equality is asserted first.
+
+    python -m miniflux.bench                    all tables
+    python -m miniflux.bench step cold          some of them
+
+    picture       one picture of the tiny model, everything loaded, and its share per step
+    cold          a fresh process: from the command to the file on disk
+    load          peak memory of loading, as a multiple of the checkpoint
+    tokenizers    a prompt of 512 tokens
+
+The peer needs `pip install diffusers transformers`.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from .flux import find_source, load
+from .generate import generate
+from .networks.mmdit import MMDiT, MMDiTConfig
+from .tiny.export import write_mmdit
+
+PROMPT, STEPS = "a red apple on a blue background", 28
+
+COLD_PEER = """
+import sys, torch
+from diffusers import FluxPipeline
+pipe = FluxPipeline.from_pretrained(sys.argv[1], torch_dtype=torch.float32)
+pipe.set_progress_bar_config(disable=True)
+pipe(sys.argv[3], height=128, width=128, num_inference_steps=28, guidance_scale=3.5, max_sequence_length=32,
+     generator=torch.Generator("cpu").manual_seed(0)).images[0].save(sys.argv[2])
+"""
+
+LOAD = """
+import json, re, sys, torch
+from pathlib import Path
+from miniflux.checkpoints.layouts import load_mmdit
+
+def kib(field):                          # of this process; Linux counts them
+    return int(re.search(field + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+
+before = kib("VmRSS")
+net = load_mmdit(Path(sys.argv[1]), "cpu", getattr(torch, sys.argv[2]))
+total = sum(float(p.sum()) for p in net.parameters())             # every page is touched
+print(json.dumps((kib("VmHWM") - before) * 1024))
+"""
+
+
+def median(f: Callable[[], object], runs: int = 7) -> float:
+    """Median seconds of `runs` calls, after one that does not count."""
+    f()
+    times = []
+    for _ in range(runs):
+        began = time.perf_counter()
+        f()
+        times.append(time.perf_counter() - began)
+    return statistics.median(times)
+
+
+def table(title: str, rows: list[tuple[str, float, float]], unit: str) -> None:
+    """Rows (what, ours, the peer's) with their ratio."""
+    print(f"\n{title:36} {'miniflux':>12} {'diffusers':>12} {'ratio':>8}")
+    for what, ours, theirs in rows:
+        print(f"{what:36} {ours:9.1f} {unit:2} {theirs:9.1f} {unit:2} {theirs / ours:7.2f}x")
+
+
+def bench_picture(source: str) -> None:
+    from diffusers import FluxPipeline
+
+    folder = find_source(source)
+    flux, pipe = load(folder, device="cpu"), FluxPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+
+    def ours(steps: int = STEPS):
+        return generate(flux, PROMPT, steps=steps, output="tensor")
+
+    def theirs(steps: int = STEPS):
+        return pipe(PROMPT, height=128, width=128, num_inference_steps=steps, max_sequence_length=flux.config.max_text_tokens,
+                    generator=torch.Generator("cpu").manual_seed(0), output_type="pt").images
+
+    difference = float((ours() - theirs()).abs().max())
+    assert difference < 2e-3, f"the pictures differ by {difference}"
+    (a, b), (c, d) = [(median(f), median(lambda: f(1))) for f in (ours, theirs)]
+    table(f"one picture, {STEPS} steps", [("whole picture", 1e3 * a, 1e3 * c), ("a step", 1e3 * (a - b) / (STEPS - 1), 1e3 * (c - d) / (STEPS - 1))], "ms")
+    print(f"largest difference of the two pictures {difference:.1e}")
+
+
+def bench_cold(source: str) -> None:
+    with tempfile.TemporaryDirectory() as scratch:
+        def run(*command: str) -> float:
+            return median(lambda: subprocess.run([sys.executable, *command], check=True, cwd=scratch, capture_output=True), 3)
+
+        ours = run("-m", "miniflux.generate", PROMPT, "--model", source)
+        theirs = run("-c", COLD_PEER, str(find_source(source)), "peer.png", PROMPT)
+    table("cold start", [("command to file", ours, theirs)], "s")
+
+
+def bench_load(_: str) -> None:
+    """A transformer of about 0.5 GB in bfloat16, in both layouts."""
+    print(f"\n{'loading a transformer':36} {'checkpoint':>12} {'peak':>12} {'ratio':>8}")
+    with tempfile.TemporaryDirectory() as scratch:
+        folder, file = Path(scratch) / "folder", Path(scratch) / "flux1-bench.safetensors"
+        torch.manual_seed(0)
+        net = MMDiT(MMDiTConfig(hidden_size=1024, num_heads=8, depth=4, depth_single_blocks=8)).bfloat16()
+        write_mmdit(folder, net)
+        from safetensors.torch import save_file
+        save_file(net.state_dict(), file)
+        size = file.stat().st_size
+        for what, path, dtype in (("original layout", file, "bfloat16"), ("diffusers layout", folder / "transformer", "bfloat16")):
+            result = subprocess.run([sys.executable, "-c", LOAD, str(path), dtype], check=True, capture_output=True, text=True)
+            peak = json.loads(result.stdout)
+            print(f"{what:36} {size / 2**20:8.1f} MiB {peak / 2**20:8.1f} MiB {peak / size:7.2f}x")
+
+
+def bench_tokenizers(source: str) -> None:
+    flux = load(source, device="cpu")
+    print(f"\n{'a prompt of 512 tokens':36} {'miniflux':>12}")
+    for name, tokenizer in (("CLIP", flux.clip_tokenizer), ("T5", flux.t5_tokenizer)):
+        texts = [" ".join(f"{word}{i}" for i, word in enumerate(PROMPT.split() * 40))[: 1500 + i] for i in range(64)]
+        fresh = iter(texts)                        # Note: a new text each time, since words are remembered
+        print(f"{name:36} {1e3 * median(lambda: tokenizer([next(fresh)], 512), 20):9.2f} ms")
+
+
+BENCHES = {"picture": bench_picture, "cold": bench_cold, "load": bench_load, "tokenizers": bench_tokenizers}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m miniflux.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tables", nargs="*", help=f"of {', '.join(BENCHES)} (default: all)")
+    parser.add_argument("--model", default="tiny", help="the model to measure (default tiny)")
+    args = parser.parse_args()
+    if unknown := [name for name in args.tables if name not in BENCHES]:
+        parser.error(f"there is no table {unknown[0]!r}: expected some of {', '.join(BENCHES)}")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}")
+    for name in args.tables or BENCHES:
+        BENCHES[name](args.model)
+
+
+if __name__ == "__main__":
+    main()

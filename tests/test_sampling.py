@@ -1,0 +1,83 @@
+"""The algorithm's pieces. Oracles: by hand, and the published values of the schedules."""
+
+import math
+
+import pytest
+import torch
+
+from miniflux.sampling import classifier_free, euler, image_ids, noise, patchify, schedule, text_ids, unpatchify
+
+
+def test_the_channel_varies_slowest_within_a_token():
+    """By hand: entry (c, y, x) of the first 2x2 patch lies at c·4 + y·2 + x."""
+    z = torch.arange(16 * 4 * 6.0).reshape(1, 16, 4, 6)
+    tokens = patchify(z)
+    assert tokens.shape == (1, 6, 64)
+    assert all(tokens[0, 0, c * 4 + y * 2 + x] == z[0, c, y, x] for c in range(16) for y in range(2) for x in range(2))
+    assert tokens[0, 1, 0] == z[0, 0, 0, 2] and tokens[0, 3, 0] == z[0, 0, 2, 0]      # row-major tokens
+
+
+def test_unpatchify_is_the_inverse_of_patchify():
+    z = torch.randn(2, 16, 8, 6)
+    assert torch.equal(unpatchify(patchify(z), 8, 6), z)
+
+
+def test_positions_are_integers_of_index_row_and_column():
+    ids = image_ids(4, 6, index=1)
+    assert ids.tolist() == [[1, 0, 0], [1, 0, 1], [1, 0, 2], [1, 1, 0], [1, 1, 1], [1, 1, 2]] and not ids.is_floating_point()
+    assert text_ids(2).tolist() == [[0, 0, 0], [0, 0, 0]]
+
+
+def test_schnells_schedule_is_not_shifted():
+    assert schedule(4, 4096, dynamic_shift=False) == [1, 0.75, 0.5, 0.25, 0]
+
+
+def test_devs_schedule_has_the_published_values():
+    """Values of the original at 1024x1024: 4 steps, and the ends of 28."""
+    assert schedule(4, 4096) == pytest.approx([1, 0.90453076, 0.75951093, 0.51284415, 0], abs=1e-7)
+    long = schedule(28, 4096)
+    assert long[:6] == pytest.approx([1, 0.988409, 0.976222, 0.963394, 0.949873, 0.935599], abs=1e-6)
+    assert long[-4:] == pytest.approx([0.274828, 0.195455, 0.104721, 0], abs=1e-6) and len(long) == 29
+
+
+@pytest.mark.parametrize("tokens, mu", [(256, 0.5), (1024, 0.63), (4080, 1.147292), (4096, 1.15), (16384, 3.23)])
+def test_the_shift_grows_with_the_number_of_image_tokens(tokens, mu):
+    """At t = 1/2 the shifted time is the logistic function of mu."""
+    assert schedule(2, tokens)[1] == pytest.approx(1 / (1 + math.exp(-mu)), abs=1e-6)
+
+
+def test_own_sigmas_are_shifted_too():
+    assert schedule(2, 4096, sigmas=[1.0, 0.5])[1] == schedule(2, 4096)[1]
+    assert schedule(2, 64, dynamic_shift=False, shift=3.0, sigmas=[1.0, 0.5]) == [1.0, 0.75, 0.0]
+
+
+def test_euler_is_exact_on_a_straight_flow():
+    """If the velocity is constant, noise - data, one step and many end at the data."""
+    data, start = torch.randn(2, 5), torch.randn(2, 5)
+    for steps in (1, 7):
+        assert torch.allclose(euler(lambda x, t: start - data, start, schedule(steps, 4096)), data, atol=1e-6)
+
+
+def test_the_state_stays_float32_when_the_velocity_is_bfloat16():
+    x = euler(lambda x, t: torch.full_like(x, 2**-9, dtype=torch.bfloat16), torch.ones(1), [1.0, 0.5, 0.0])
+    assert x.dtype == torch.float32 and x.item() == 1 - 2**-9                  # bfloat16 could not tell this from 1
+
+
+def test_on_step_sees_number_time_and_state_before_each_step():
+    seen = []
+    euler(lambda x, t: torch.ones_like(x), torch.zeros(1), [1.0, 0.75, 0.0], lambda *args: seen.append((*args[:2], args[2].item())))
+    assert seen == [(0, 1.0, 0.0), (1, 0.75, -0.25)]
+
+
+def test_a_batch_of_noise_equals_its_singles():
+    assert torch.equal(noise([5, 6], 4, 6), torch.cat([noise([5], 4, 6), noise([6], 4, 6)]))
+
+
+def test_bfloat16_noise_is_the_rounded_float32_noise():
+    assert torch.equal(noise([3], 8, 8, dtype=torch.bfloat16), noise([3], 8, 8).bfloat16())
+
+
+def test_classifier_free_guidance_of_scale_one_is_the_identity():
+    wanted, unwanted = lambda x, t: x + 1, lambda x, t: x - 4
+    assert classifier_free(wanted, unwanted, 1.0)(torch.zeros(1), 0.5).item() == 1
+    assert classifier_free(wanted, unwanted, 2.0)(torch.zeros(1), 0.5).item() == 6
