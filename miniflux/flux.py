@@ -1,13 +1,12 @@
 """The bundle: everything a FLUX.1 model consists of, and `load`, which finds and assembles it."""
 
-import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from .checkpoints import layouts
-from .checkpoints.formats import read_json
+from .checkpoints.formats import PICKLES, listing, read_json
 from .checkpoints.hub import OFFICIAL, cache_folder, find_in_cache, find_or_download
 from .networks.autoencoder import Autoencoder
 from .networks.clip import CLIPText
@@ -15,11 +14,18 @@ from .networks.mmdit import MMDiT
 from .networks.t5 import T5
 from .networks.tokenizers import CLIPTokenizer, T5Tokenizer
 
-log = logging.getLogger("miniflux")
-
 SHIPPED = Path(__file__).parent / "tiny" / "weights"
+# Where each part may lie in a folder, the best place first: the diffusers layout, then the original one.
+PARTS = {
+    "transformer": ("transformer/*.safetensors", "flux1*.safetensors", "transformer"),
+    "vae": ("vae/*.safetensors", "ae.safetensors", "vae"),
+    "text_encoder": ("text_encoder/*.safetensors", "clip_l*.safetensors", "text_encoder"),
+    "text_encoder_2": ("text_encoder_2/*.safetensors", "t5xxl*.safetensors", "text_encoder_2"),
+    "tokenizer": ("tokenizer",),
+    "tokenizer_2": ("tokenizer_2",),
+}
 # Where the text encoders come from when a folder in the original layout brings none.
-TEXT_ENCODERS = {"text_encoder": "openai/clip-vit-large-patch14", "text_encoder_2": "google/t5-v1_1-xxl"}
+TEXT_ENCODERS = {"": "openai/clip-vit-large-patch14", "_2": "google/t5-v1_1-xxl"}
 
 
 @dataclass(frozen=True)
@@ -53,7 +59,7 @@ def find_device(name: torch.device | str | None = None) -> torch.device:
             torch.empty(0, device=name)
             return torch.device(name)
         except (RuntimeError, AssertionError, TypeError) as error:
-            raise ValueError(f"the device {str(name)!r} cannot be used here: {str(error).splitlines()[0]}") from None
+            raise ValueError(f"the device {str(name)!r} cannot be used here: {str(error).partition(chr(10))[0]}") from None
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
@@ -66,13 +72,14 @@ def shipped_models() -> dict[str, Path]:
 
 def find_source(source: str | Path) -> Path:
     """The folder or file that `source` names: a shipped model, a path, an official short name or a Hub id."""
-    name = str(source)
-    if name in (shipped := shipped_models()):
+    name, shipped = str(source), shipped_models()
+    # Note: names come before paths, or a folder that happens to be called "dev" would hide the model: that one is "./dev".
+    if name in shipped and isinstance(source, str):
         return shipped[name]
+    if name in OFFICIAL and isinstance(source, str):
+        return find_or_download(OFFICIAL[name])
     if (path := Path(source).expanduser()).exists():
         return path
-    if name in OFFICIAL:
-        return find_or_download(OFFICIAL[name])
     if name.count("/") == 1 and not name.startswith((".", "/", "~")) and not name.endswith(".safetensors"):
         return find_or_download(name)
     raise FileNotFoundError(f"{name!r} is neither a folder nor a known model: expected {', '.join([*shipped, *OFFICIAL])}, "
@@ -91,74 +98,93 @@ def load(source: str | Path = "tiny", *, device: torch.device | str | None = Non
     Raises FileNotFoundError for what is not there, ValueError for what is not a FLUX.1 model."""
     device = find_device(device)
     dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"dtype is {dtype!r:.60}, expected torch.float32, torch.bfloat16 or torch.float16")
     folder = find_source(source)
     if not folder.is_dir():
         raise ValueError(f"{folder} is a file: load a folder, and give a single file as transformer=")
-    if transformer is not None and not Path(transformer).expanduser().exists():
-        raise FileNotFoundError(f"the transformer {transformer} does not exist")
-    files = find_parts(folder)
-    if transformer is not None:
-        files["transformer"] = Path(transformer).expanduser()
-    if "transformer" not in files:
-        raise ValueError(f"{folder} holds no FLUX.1 model: expected transformer/ (diffusers layout) or flux1-*.safetensors")
+    override = None if transformer is None else Path(transformer).expanduser()
+    if override and not override.exists():
+        raise FileNotFoundError(f"the transformer {transformer} does not exist: expected a file or a folder")
+    files = find_parts(folder, override)
 
     def part(name: str, loader):
         return loader(files[name], device, dtype) if name in files else None
 
-    mmdit = part("transformer", layouts.load_mmdit)
     clip_tokenizer = CLIPTokenizer.from_folder(files["tokenizer"]) if "tokenizer" in files else None
     t5_tokenizer = T5Tokenizer.from_folder(files["tokenizer_2"]) if "tokenizer_2" in files else None
+    mmdit = part("transformer", layouts.load_mmdit)
     flux = Flux(clip_tokenizer, t5_tokenizer, part("text_encoder", layouts.load_clip), part("text_encoder_2", layouts.load_t5),
-                mmdit, part("vae", layouts.load_autoencoder), read_config(str(source), folder, mmdit, t5_tokenizer))
+                mmdit, part("vae", layouts.load_autoencoder),
+                read_config(str(source), folder, mmdit, t5_tokenizer, own_schedule=override is None))
     check_fit(flux, folder)
     return flux
 
 
-def find_parts(folder: Path) -> dict[str, Path]:
-    """Where each part of a model lies: {part name of the diffusers layout: folder or file}."""
-    if (folder / "model_index.json").is_file():
-        names = ("transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
-        return {name: folder / name for name in names if (folder / name).is_dir()}
-    files: dict[str, Path] = {}
-    for name, patterns in dict(transformer=("flux1*.safetensors", "*transformer*.safetensors"), vae=("ae.safetensors", "vae"),
-                               text_encoder=("text_encoder", "clip_l*.safetensors"), tokenizer=("tokenizer",),
-                               text_encoder_2=("text_encoder_2", "t5xxl*.safetensors"), tokenizer_2=("tokenizer_2",)).items():
-        if found := [path for pattern in patterns for path in sorted(folder.glob(pattern))]:
-            files[name] = found[0]
-    if "transformer" in files:
-        for name, repo in TEXT_ENCODERS.items():
-            if name not in files and (snapshot := find_in_cache(repo)):
-                files[name] = snapshot
-            if name in files and files[name].is_dir():
-                files.setdefault(name.replace("text_encoder", "tokenizer"), files[name])
+def find_parts(folder: Path, transformer: Path | None = None) -> dict[str, Path]:
+    """Where each part of a model lies: {part name of the diffusers layout: folder or file}; `transformer` replaces one."""
+    index = folder / "model_index.json"
+    name = read_json(index).get("_class_name") if index.is_file() else None
+    if name is not None and not str(name).startswith("Flux"):
+        raise ValueError(f"{index} describes a {name!r:.60}, expected a FluxPipeline")
+    files = {}
+    for part, patterns in PARTS.items():
+        found = next(filter(None, (sorted(folder.glob(pattern)) for pattern in patterns)), [])
+        if found:
+            files[part] = found[0] if found[0].parent == folder else found[0].parent
+        if part == "transformer" and len(found) > 1 and found[0].parent == folder and transformer is None:
+            raise ValueError(f"{folder} holds the transformers {listing([path.name for path in found])}: choose with transformer=")
+    if transformer is not None:
+        files["transformer"] = transformer
+    if "transformer" not in files:
+        what = "is incomplete: it has a model_index.json, but not the" if index.is_file() else "holds no FLUX.1 model: it has no"
+        raise ValueError(f"{folder} {what} folder transformer/ (diffusers layout) or file flux1-*.safetensors (original layout)")
+    if files["transformer"].is_file():
+        for suffix, repo in TEXT_ENCODERS.items():
+            if snapshot := find_in_cache(repo):
+                files.setdefault("tokenizer" + suffix, snapshot)
+                if any(path.suffix in (".safetensors", *PICKLES) for path in snapshot.iterdir()):
+                    files.setdefault("text_encoder" + suffix, snapshot)
     return files
 
 
-def read_config(name: str, folder: Path, mmdit: MMDiT, t5_tokenizer: T5Tokenizer | None) -> FluxConfig:
-    """The bundle's settings from the folder's small JSON files; without them, from whether there is a guidance embedding."""
+def read_config(name: str, folder: Path, mmdit: MMDiT, t5_tokenizer: T5Tokenizer | None, own_schedule: bool) -> FluxConfig:
+    """The bundle's settings from the folder's small JSON files; without them, from whether there is a guidance embedding.
+    own_schedule: whether the transformer is the one that the folder's schedule was made for."""
     guided = mmdit.config.guidance_embed
     # Note: schnell was trained with 256 tokens, though its tokenizer would allow 512.
     tokens = min(512 if guided else 256, t5_tokenizer.max_length if t5_tokenizer else 512)
     config = FluxConfig(name=Path(name).name, max_text_tokens=tokens, dynamic_shift=guided)
     scheduler, vae = folder / "scheduler" / "scheduler_config.json", folder / "vae" / "config.json"
-    if scheduler.is_file():
-        values = read_json(scheduler)
-        config = replace(config, dynamic_shift=bool(values.get("use_dynamic_shifting", False)), shift=float(values.get("shift", 1.0)))
+    if scheduler.is_file() and own_schedule:
+        values = {"use_dynamic_shifting": False} | read_json(scheduler)
+        read = layouts.pick(FluxConfig, values, dict(dynamic_shift="use_dynamic_shifting", shift="shift"), scheduler)
+        config = replace(config, dynamic_shift=read.dynamic_shift, shift=read.shift)
     if vae.is_file():
-        config = replace(config, size=int(read_json(vae).get("sample_size", 1024)))
+        config = replace(config, size=layouts.pick(FluxConfig, read_json(vae), dict(size="sample_size"), vae).size)
     return config
 
 
 def check_fit(flux: Flux, folder: Path) -> None:
-    """Refuses parts whose widths do not agree."""
-    sizes = flux.mmdit.config
-    for what, have, need in (
-            ("CLIP's width", flux.clip and flux.clip.config.hidden_size, sizes.vec_in_dim),
-            ("T5's width", flux.t5 and flux.t5.config.d_model, sizes.context_in_dim),
-            ("the autoencoder's latent channels x 4", flux.autoencoder and 4 * flux.autoencoder.config.z_channels, sizes.out_channels),
-            ("the CLIP vocabulary", flux.clip_tokenizer and flux.clip and len(flux.clip_tokenizer.vocab), flux.clip and flux.clip.config.vocab_size)):
-        if have is not None and need is not None and (have > need if "vocabulary" in what else have != need):
-            raise ValueError(f"the parts of {folder} do not belong together: {what} is {have}, expected {need}")
+    """Refuses parts that do not belong together: widths that differ, tokens that a text encoder does not know."""
+    sizes, clip, t5, vae = flux.mmdit.config, flux.clip and flux.clip.config, flux.t5 and flux.t5.config, flux.autoencoder
+    facts = []
+    if clip:
+        facts.append(("CLIP's width", clip.hidden_size, [sizes.vec_in_dim]))
+    if t5:
+        facts.append(("T5's width", t5.d_model, [sizes.context_in_dim]))
+    if vae:
+        facts.append(("the autoencoder's latent channels x 4", 4 * vae.config.z_channels, [sizes.out_channels]))
+    if clip and flux.clip_tokenizer:
+        facts.append(("CLIP's largest token", max(flux.clip_tokenizer.vocab.values()), range(clip.vocab_size)))
+        facts.append(("CLIP's number of tokens", flux.clip_tokenizer.max_length, range(clip.max_position_embeddings + 1)))
+    if t5 and flux.t5_tokenizer:
+        largest = max([len(flux.t5_tokenizer.pieces) - 1, *flux.t5_tokenizer.special.values()])
+        facts.append(("T5's largest token", largest, range(t5.vocab_size)))
+    for what, have, allowed in facts:
+        if have not in allowed:
+            raise ValueError(f"the parts of {folder} do not belong together: {what} is {have}, expected "
+                             + ("at most " if len(allowed) > 1 else "") + str(allowed[-1]))
 
 
 def list_models() -> list[str]:

@@ -14,7 +14,16 @@ from torch import Tensor
 
 from .flux import Flux
 from .prompt import Prompt, encode_prompt, match, repeat
-from .sampling import classifier_free, euler, flow, image_ids, noise, patchify, schedule, unpatchify
+from .sampling import (
+    classifier_free,
+    euler,
+    flow,
+    image_ids,
+    noise,
+    patchify,
+    schedule,
+    unpatchify,
+)
 from .settings import finish, resolve
 
 

@@ -5,7 +5,6 @@ import math
 import os
 from pathlib import Path
 
-import torch
 from PIL import Image, PngImagePlugin
 from torch import Tensor
 

@@ -6,7 +6,6 @@ The numbers are those of the reference implementations: diffusers' `__call__` of
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from PIL import Image
 from torch import Tensor
 

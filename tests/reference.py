@@ -15,12 +15,25 @@ from pathlib import Path
 import sentencepiece
 import tokenizers
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+)
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
 
-from miniflux.networks.tokenizers import byte_symbols, read_spiece_model
+from miniflux.networks.tokenizer_files import read_spiece_model
+from miniflux.networks.tokenizers import byte_symbols
 
 EXTRA_IDS = 4
 

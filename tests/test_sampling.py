@@ -5,7 +5,16 @@ import math
 import pytest
 import torch
 
-from miniflux.sampling import classifier_free, euler, image_ids, noise, patchify, schedule, text_ids, unpatchify
+from miniflux.sampling import (
+    classifier_free,
+    euler,
+    image_ids,
+    noise,
+    patchify,
+    schedule,
+    text_ids,
+    unpatchify,
+)
 
 
 def test_the_channel_varies_slowest_within_a_token():

@@ -1,32 +1,45 @@
-"""Bytes -> named tensors: a reader of safetensors files that maps each tensor from disk on its own.
+"""Bytes -> named tensors: a reader of safetensors files that maps the tensors from disk.
 
     8 bytes      N, little-endian
     N bytes      JSON {name: {"dtype", "shape", "data_offsets": [begin, end]}, "__metadata__": {...}}
-    the rest     the tensors; offsets count from here
+    the rest     the tensors, one after the other without gaps; offsets count from here
 
-Mapping tensor by tensor lets the system take back each one as soon as it has been converted or joined with others:
-loading never holds a checkpoint twice. A header is not trusted: every number in it is checked against the file.
+Mapping a file piece by piece lets the system take back each piece as soon as its tensors have been converted or joined
+with others: loading never holds a checkpoint twice. A header is not trusted: every number in it is checked against the
+file. Nothing is ever unpickled.
 """
 
 import json
 import math
 import os
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 MAX_HEADER = 100_000_000
+SPAN = 2**26                       # bytes mapped at once, at least
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
-def read_header(path: Path) -> tuple[dict, int]:
-    """The checked header of a safetensors file and the position where its data begin."""
+class Entry(NamedTuple):
+    """Where a tensor lies, in bytes from the end of the header, and what it is."""
+
+    begin: int
+    end: int
+    dtype: torch.dtype
+    shape: list[int]
+
+
+def read_header(path: Path) -> tuple[dict[str, Entry], int]:
+    """The checked header of a safetensors file, in the order of the data, and the position where the data begin."""
     def bad(why: str) -> ValueError:
         return ValueError(f"{path} is not a complete safetensors file: {why}; download or save it again")
 
@@ -37,23 +50,43 @@ def read_header(path: Path) -> tuple[dict, int]:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(size - 8, MAX_HEADER):
             raise bad(f"it has {size:,} bytes, its header claims {length:,}")
-        try:
-            header = json.loads(file.read(length))
-            tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
-            for name, entry in tensors.items():
-                begin, end = entry["data_offsets"]
-                dtype, shape = DTYPES.get(entry["dtype"]), entry["shape"]
-                if dtype is None:
-                    raise bad(f"tensor {name} has the unknown type {entry['dtype']}")
-                if not all(type(n) is int and n >= 0 for n in (begin, end, *shape)):
-                    raise bad(f"tensor {name} has the shape {shape} and the offsets {begin}, {end}")
-                if end > size - 8 - length or end - begin != math.prod(shape) * dtype.itemsize:
-                    raise bad(f"tensor {name} {shape} should lie at bytes {begin:,} to {end:,} of {size - 8 - length:,}")
-        except (KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-            raise bad(f"its header cannot be read ({type(error).__name__})") from None
-        except ValueError as error:
-            raise error if str(path) in str(error) else bad("its header cannot be read") from None
-    return tensors, 8 + length
+        text = file.read(length)
+    try:
+        header = json.loads(text, object_pairs_hook=without_duplicates)
+        header.pop("__metadata__", None)
+        entries = {name: read_entry(entry) for name, entry in header.items()}
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise bad(f"its header cannot be read ({type(error).__name__}: {str(error):.80})") from None
+    for name, (begin, end, dtype, shape) in entries.items():
+        if not name.isprintable() or len(name) > 200:
+            raise bad(f"a tensor has the name {name!r:.80}")
+        # Note: the product without zeros, as an empty tensor too may be too large to have strides.
+        if len(shape) > 8 or math.prod(n or 1 for n in shape) > 2**48 or end - begin != math.prod(shape) * dtype.itemsize:
+            raise bad(f"tensor {name} has {end - begin:,} bytes, which is not {str(shape):.80} in {dtype}")
+    entries = dict(sorted(entries.items(), key=lambda item: item[1][:2]))
+    ends = [0, *(entry.end for entry in entries.values())]
+    for (name, entry), expected in zip(entries.items(), ends):
+        if entry.begin != expected:
+            raise bad(f"tensor {name} begins at byte {entry.begin:,}, the one before it ends at {expected:,}")
+    if ends[-1] != size - 8 - length:
+        raise bad(f"its tensors take {ends[-1]:,} bytes, it has {size - 8 - length:,}")
+    return entries, 8 + length
+
+
+def read_entry(entry: dict) -> Entry:
+    begin, end = entry["data_offsets"]
+    dtype, shape = entry["dtype"], entry["shape"]
+    if not isinstance(shape, list) or not all(type(n) is int and 0 <= n < 2**63 for n in (begin, end, *shape)):
+        raise ValueError(f"shape {str(shape):.40}, offsets {str(begin):.20}, {str(end):.20}")
+    if dtype not in DTYPES:
+        raise ValueError(f"unknown type {str(dtype):.20}")
+    return Entry(begin, end, DTYPES[dtype], shape)
+
+
+def without_duplicates(pairs: list[tuple[str, object]]) -> dict:
+    if len(result := dict(pairs)) < len(pairs):
+        raise ValueError("a name occurs twice")
+    return result
 
 
 def read_safetensors(path: str | os.PathLike) -> dict[str, Tensor]:
@@ -61,32 +94,48 @@ def read_safetensors(path: str | os.PathLike) -> dict[str, Tensor]:
 
     Raises FileNotFoundError, or ValueError for a file that is truncated, corrupt or of another format."""
     path = Path(path)
-    tensors, start = read_header(path)
-    return {name: map_tensor(path, start + entry["data_offsets"][0], DTYPES[entry["dtype"]], entry["shape"])
-            for name, entry in tensors.items()}
+    if path.suffix in PICKLES:
+        raise unsafe(path)
+    entries, start = read_header(path)
+    size = path.stat().st_size
+    # Note: a mapping keeps its file open, and a process may have as few as 256 open files: neighbours share a mapping.
+    span, origin, piece, tensors = max(SPAN, size // 32), 0, np.empty(0, np.uint8), {}
+    for name, (begin, end, dtype, shape) in entries.items():
+        if end > origin + len(piece):
+            origin = begin
+            length = min(max(span, end - begin), size - start - begin)
+            piece = np.memmap(path, np.uint8, mode="c", offset=start + begin, shape=length)
+        tensors[name] = view(piece[begin - origin:end - origin], dtype, shape)
+    return tensors
 
 
-def map_tensor(path: Path, offset: int, dtype: torch.dtype, shape: list[int]) -> Tensor:
-    if 0 in shape:
+def view(data: np.ndarray, dtype: torch.dtype, shape: list[int]) -> Tensor:
+    """Bytes as a tensor; without a copy, unless the header's length has put them at an odd address."""
+    if not len(data):
         return torch.empty(shape, dtype=dtype)
-    data = np.memmap(path, np.uint8, mode="c", offset=offset, shape=math.prod(shape) * dtype.itemsize)
-    if data.ctypes.data % dtype.itemsize:                   # a header of odd length: copy to an aligned place
-        data = np.array(data)
-    return torch.from_numpy(data).view(dtype).view(shape)
+    return torch.from_numpy(np.array(data) if data.ctypes.data % dtype.itemsize else data).view(dtype).view(shape)
+
+
+def unsafe(path: Path) -> ValueError:
+    return ValueError(f"{path} is a pickle, which can run any code when it is opened: convert it to safetensors")
 
 
 def read_sharded(folder: Path, stem: str) -> dict[str, Tensor]:
     """`folder/stem.safetensors`, or all shards that `folder/stem.safetensors.index.json` names."""
-    index = folder / f"{stem}.safetensors.index.json"
+    single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
     if not index.exists():
-        return read_safetensors(folder / f"{stem}.safetensors")
+        if not single.exists() and (pickles := sorted(path for path in folder.glob("*") if path.suffix in PICKLES)):
+            raise unsafe(pickles[0])
+        return read_safetensors(single)
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
         raise ValueError(f"{index} has no weight_map from tensor names to files")
     tensors: dict[str, Tensor] = {}
     for shard in sorted(set(weight_map.values())):
-        if Path(shard).name != shard:
-            raise ValueError(f"{index} names the file {shard!r}: expected a name within its own folder")
+        if Path(shard).name != shard or not shard.endswith(".safetensors"):
+            raise ValueError(f"{index} names the file {shard!r:.80}: expected a safetensors file within its own folder")
+        if not (folder / shard).is_file():
+            raise FileNotFoundError(f"{folder / shard} does not exist, though {index.name} names it: finish the download")
         tensors |= read_safetensors(folder / shard)
     if missing := sorted(set(weight_map) - set(tensors)):
         raise ValueError(f"the shards of {index} lack {listing(missing)}")
@@ -108,4 +157,4 @@ def read_json(path: Path) -> dict:
 
 def listing(names: list[str]) -> str:
     """The first five names, and how many more there are."""
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    return ", ".join(repr(name)[1:-1][:100] for name in names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -17,7 +17,9 @@ OFFICIAL = {
     "kontext": "black-forest-labs/FLUX.1-Kontext-dev",
     "redux": "black-forest-labs/FLUX.1-Redux-dev",
 }
+# Note: the same transformer and autoencoder also lie beside the folders, as flux1-*.safetensors (24 GB) and ae.safetensors.
 WANTED = ["model_index.json", "scheduler/*", "text_encoder*/*", "tokenizer*/*", "transformer/*", "vae/*"]
+TRANSFORMER = ["transformer/*.safetensors", "flux1*.safetensors"]    # in a snapshot that is more than a few stray files
 
 
 def cache_folder() -> Path:
@@ -30,28 +32,32 @@ def find_in_cache(repo: str) -> Path | None:
     """The newest snapshot folder of a repository "owner/name" in the cache, or None."""
     folder = cache_folder() / ("models--" + repo.replace("/", "--"))
     main = folder / "refs" / "main"
-    if main.is_file() and (snapshot := folder / "snapshots" / main.read_text().strip()).is_dir():
-        return snapshot
+    if main.is_file() and (commit := main.read_text().strip()) and (folder / "snapshots" / commit).is_dir():
+        return folder / "snapshots" / commit
     snapshots = [path for path in folder.glob("snapshots/*") if path.is_dir()]
     return max(snapshots, key=lambda path: path.stat().st_mtime, default=None)
 
 
 def find_or_download(repo: str) -> Path:
-    """The snapshot folder of a repository; downloaded if it is not in the cache and `huggingface_hub` is installed.
+    """The snapshot folder of a FLUX.1 model; if it is not in the cache, or without its transformer, `huggingface_hub`
+    downloads what is missing.
 
     Raises FileNotFoundError with what to do when it cannot be had."""
-    if snapshot := find_in_cache(repo):
+    snapshot = find_in_cache(repo)
+    if snapshot and any(any(snapshot.glob(pattern)) for pattern in TRANSFORMER):
         return snapshot
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
+        if snapshot:
+            return snapshot                                 # the loader says what it lacks
         raise FileNotFoundError(f'{repo} is not in {cache_folder()}: `pip install "miniflux-torch[hub]"` to download it, '
                                 "or give a folder that holds it") from None
     try:
-        return Path(snapshot_download(repo, allow_patterns=WANTED))
+        return Path(snapshot_download(repo, allow_patterns=WANTED, cache_dir=cache_folder()))
     except Exception as error:                              # the hub's errors have many types and many lines
         kind = type(error).__name__
         advice = (f"accept its licence at https://huggingface.co/{repo} and log in with `hf auth login`"
-                  if "Gated" in kind or "401" in str(error) or "403" in str(error)
-                  else "check the name and the network connection, or give a folder that holds it")
+                  if "Gated" in kind or "403" in str(error) else
+                  "check the name and the network connection, or give a folder that holds it")
         raise FileNotFoundError(f"{repo} could not be downloaded ({kind}): {advice}") from None

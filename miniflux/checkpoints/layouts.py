@@ -8,7 +8,8 @@ built on the meta device, which allocates nothing, and then take the tensors of 
 or unexpected tensor, or a wrong shape, is an error.
 """
 
-from dataclasses import fields
+import math
+from dataclasses import Field, fields
 from pathlib import Path
 from typing import TypeVar
 
@@ -28,10 +29,14 @@ State = dict[str, Tensor]
 COMFYUI_PREFIX = "model.diffusion_model."
 
 
-def build(kind: type[Network], config, state: State, source: Path, device: torch.device | str, dtype: torch.dtype | None) -> Network:
+def build(kind: type[Network], config, state: State, source: Path, device: torch.device | str,
+          dtype: torch.dtype | None) -> Network:
     """kind(config) with the tensors of `state`, each converted and moved on its own (empties `state`)."""
-    with torch.device("meta"):
-        network = kind(config)
+    try:
+        with torch.device("meta"):
+            network = kind(config)
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f"{source}: there is no {kind.__name__} of these sizes: {str(error).splitlines()[0]}") from None
     expected = network.state_dict()
     missing, unexpected = sorted(set(expected) - set(state)), sorted(set(state) - set(expected))
     if missing or unexpected:
@@ -41,6 +46,8 @@ def build(kind: type[Network], config, state: State, source: Path, device: torch
     for name, tensor in expected.items():
         if tensor.shape != state[name].shape:
             raise ValueError(f"{source}: {name} has the shape {list(state[name].shape)}, expected {list(tensor.shape)}")
+        if not state[name].is_floating_point():
+            raise ValueError(f"{source}: {name} holds {state[name].dtype}, expected floating-point numbers")
     for name in expected:
         module, _, attribute = name.rpartition(".")
         tensor = state.pop(name).to(device=device, dtype=dtype)
@@ -50,32 +57,50 @@ def build(kind: type[Network], config, state: State, source: Path, device: torch
 
 def pick(kind: type, values: dict, names: dict[str, str], source: Path):
     """A config from JSON: names[our field] = their key; a key that is absent keeps our default."""
-    known = {field.name: field.type for field in fields(kind)}
-    chosen = {ours: values[theirs] for ours, theirs in names.items() if values.get(theirs) is not None}
-    chosen = {k: tuple(v) if isinstance(v, list) else v for k, v in chosen.items()}
+    chosen = {field.name: checked(field, names[field.name], values[names[field.name]], source)
+              for field in fields(kind) if names.get(field.name) in values}
     try:
-        if any(isinstance(v, (int, float)) and not isinstance(v, bool) and v <= 0 and k not in ("shift_factor",) for k, v in chosen.items()):
-            raise ValueError("sizes must be positive")
-        return kind(**{k: v for k, v in chosen.items() if k in known})
-    except (TypeError, ValueError) as error:
+        return kind(**chosen)
+    except ValueError as error:
         raise ValueError(f"{source}: {error}") from None
+
+
+def checked(field: Field, key: str, value, source: Path):
+    """The value of a config's key, if it is what the field holds: a believable size or number."""
+    limit = 1_000 if field.name.startswith(("num_", "depth")) else 1_000_000
+
+    def is_size(n) -> bool:
+        return type(n) is int and 0 < n <= limit
+
+    if field.type is int:
+        good, expected = is_size(value), f"a whole number from 1 to {limit:,}"
+    elif field.type is float:
+        good = type(value) in (int, float) and math.isfinite(value) and (value > 0 or field.name == "shift_factor")
+        expected = "a positive number"
+    elif field.type is bool:
+        good, expected = isinstance(value, bool), "true or false"
+    else:
+        good, expected = isinstance(value, list) and 0 < len(value) <= 8 and all(map(is_size, value)), "a short list of sizes"
+    if not good:
+        raise ValueError(f"{source}: {key} is {value!r:.60}, expected {expected}")
+    return tuple(value) if isinstance(value, list) else value
 
 
 def check_class(config: dict, expected: tuple[str, ...], source: Path) -> None:
     """Refuses the folder of another model by the class its config.json names."""
-    found = config.get("_class_name") or next(iter(config.get("architectures") or []), None)
+    architectures = config.get("architectures")
+    found = config.get("_class_name") or (architectures[0] if architectures and isinstance(architectures, list) else None)
     if found is not None and found not in expected:
-        raise ValueError(f"{source} describes a {found}, expected a {expected[0]}")
+        raise ValueError(f"{source} describes a {found!r:.60}, expected a {expected[0]}")
 
 
 def load_mmdit(path: Path, device="cpu", dtype=None) -> MMDiT:
     """The transformer from a folder `transformer/` or from a single file (original or diffusers names, bare or with the
     ComfyUI prefix)."""
     if path.is_dir():
-        values = read_json(path / "config.json")
-        check_class(values, ("FluxTransformer2DModel",), path / "config.json")
+        config = mmdit_config(read_json(path / "config.json"), path / "config.json")
         state = mmdit_from_diffusers(read_sharded(path, "diffusion_pytorch_model"))
-        return build(MMDiT, mmdit_config(values, state, path), state, path, device, dtype)
+        return build(MMDiT, config, state, path, device, dtype)
     state = read_safetensors(path)
     if any(name.startswith(COMFYUI_PREFIX) for name in state):
         state = {k.removeprefix(COMFYUI_PREFIX): v for k, v in state.items() if k.startswith(COMFYUI_PREFIX)}
@@ -84,85 +109,123 @@ def load_mmdit(path: Path, device="cpu", dtype=None) -> MMDiT:
     return build(MMDiT, mmdit_config_from_tensors(state, path), state, path, device, dtype)
 
 
-def mmdit_config(values: dict, state: State, source: Path) -> MMDiTConfig:
-    """Sizes from a `FluxTransformer2DModel` config; what it leaves out has diffusers' defaults."""
-    heads, head_dim = values.get("num_attention_heads", 24), values.get("attention_head_dim", 128)
-    try:
-        values = values | {"hidden_size": heads * head_dim,
-                           "out_channels": values.get("out_channels") or values.get("in_channels", 64)}
-    except TypeError:
-        raise ValueError(f"{source}: the config's attention sizes are {heads!r} and {head_dim!r}, expected numbers") from None
+def mmdit_config(values: dict, source: Path) -> MMDiTConfig:
+    """Sizes from a `FluxTransformer2DModel` config; what it leaves out has diffusers' defaults, which are dev's."""
+    check_class(values, ("FluxTransformer2DModel",), source)
     names = dict(in_channels="in_channels", out_channels="out_channels", vec_in_dim="pooled_projection_dim",
                  context_in_dim="joint_attention_dim", hidden_size="hidden_size", num_heads="num_attention_heads",
-                 depth="num_layers", depth_single_blocks="num_single_layers", axes_dim="axes_dims_rope")
-    # Note: diffusers' own default for the missing key guidance_embeds is false, ours (dev) is true.
-    values["guidance"] = bool(values.get("guidance_embeds", False))
-    return pick(MMDiTConfig, values, names | {"guidance_embed": "guidance"}, source)
+                 depth="num_layers", depth_single_blocks="num_single_layers", axes_dim="axes_dims_rope",
+                 guidance_embed="guidance_embeds")
+    heads, head_dim = values.get("num_attention_heads", 24), values.get("attention_head_dim", 128)
+    if type(heads) is not int or type(head_dim) is not int:
+        raise ValueError(f"{source}: the attention's sizes are {heads!r:.30} and {head_dim!r:.30}, expected whole numbers")
+    # Note: two defaults that are not dev's: no guidance_embeds means false, no out_channels as many as in_channels.
+    values = {"guidance_embeds": False} | values | {
+        "hidden_size": heads * head_dim, "out_channels": values.get("out_channels") or values.get("in_channels", 64)}
+    config = pick(MMDiTConfig, values, names, source)
+    if len(config.axes_dim) != 3 or any(dim % 2 for dim in config.axes_dim):
+        raise ValueError(f"{source}: axes_dims_rope is {list(config.axes_dim)}, expected three even numbers")
+    return config
 
 
 def mmdit_config_from_tensors(state: State, source: Path) -> MMDiTConfig:
     """Sizes from the shapes of an original checkpoint's tensors."""
     needed = ("img_in.weight", "txt_in.weight", "vector_in.in_layer.weight", "final_layer.linear.weight",
               "double_blocks.0.img_attn.norm.query_norm.scale", "double_blocks.0.img_mlp.0.weight")
-    if missing := [name for name in needed if name not in state or state[name].ndim == 0]:
+    if missing := [name for name in needed if name not in state or 0 in state[name].shape or state[name].ndim == 0]:
         raise ValueError(f"{source} is not a FLUX transformer: it lacks {listing(missing)}")
     img_in, txt_in, vec_in, out, scale, mlp = (state[name] for name in needed)
-    hidden, head_dim = img_in.shape[0], scale.shape[0]
+    hidden, head_dim = len(img_in), len(scale)
+    if hidden % head_dim or head_dim % 2:
+        raise ValueError(f"{source}: {hidden} channels cannot be heads of {head_dim} each, expected an even divisor")
+    # Note: how a head is shared among the axes is not in the shapes: as in all official models, 1/8, 7/16, 7/16 of it.
+    side, ratio = 2 * (head_dim * 7 // 32), len(mlp) / hidden
     return MMDiTConfig(
-        in_channels=img_in.shape[-1], out_channels=out.shape[0], vec_in_dim=vec_in.shape[-1], context_in_dim=txt_in.shape[-1],
-        hidden_size=hidden, mlp_ratio=mlp.shape[0] / hidden, num_heads=hidden // max(head_dim, 1),
+        in_channels=img_in.shape[-1], out_channels=len(out), vec_in_dim=vec_in.shape[-1], context_in_dim=txt_in.shape[-1],
+        hidden_size=hidden, num_heads=hidden // head_dim,
+        mlp_ratio=ratio if int(hidden * ratio) == len(mlp) else math.nextafter(ratio, math.inf),  # the quotient may round down
         depth=count(set(state), "double_blocks"), depth_single_blocks=count(set(state), "single_blocks"),
-        axes_dim=(head_dim - 2 * (head_dim * 7 // 16), head_dim * 7 // 16, head_dim * 7 // 16),
-        guidance_embed="guidance_in.in_layer.weight" in state)
+        axes_dim=(head_dim - 2 * side, side, side), guidance_embed="guidance_in.in_layer.weight" in state)
 
 
 def load_autoencoder(path: Path, device="cpu", dtype=None) -> Autoencoder:
     """The autoencoder from a folder `vae/` or from a single file such as `ae.safetensors`."""
     if path.is_dir():
-        values = read_json(path / "config.json")
-        check_class(values, ("AutoencoderKL",), path / "config.json")
-        widths = values.get("block_out_channels") or [128, 256, 512, 512]
-        if not all(isinstance(w, int) and w > 0 and w % widths[0] == 0 for w in widths):
-            raise ValueError(f"{path}: block_out_channels are {widths}, expected multiples of the first")
-        values |= {"ch": widths[0], "ch_mult": [w // widths[0] for w in widths]}
-        names = dict(ch="ch", ch_mult="ch_mult", num_res_blocks="layers_per_block", z_channels="latent_channels",
-                     num_groups="norm_num_groups", scale_factor="scaling_factor", shift_factor="shift_factor")
-        config = pick(AutoencoderConfig, values, names, path)
-        return build(Autoencoder, config, autoencoder_from_diffusers(read_sharded(path, "diffusion_pytorch_model")), path, device, dtype)
+        config = autoencoder_config(read_json(path / "config.json"), path / "config.json")
+        state = autoencoder_from_diffusers(read_sharded(path, "diffusion_pytorch_model"))
+        return build(Autoencoder, config, state, path, device, dtype)
     state = read_safetensors(path)
     if "encoder.conv_norm_out.weight" in state:
         state = autoencoder_from_diffusers(state)
+    return build(Autoencoder, autoencoder_config_from_tensors(state, path), state, path, device, dtype)
+
+
+def autoencoder_config(values: dict, source: Path) -> AutoencoderConfig:
+    """Sizes from an `AutoencoderKL` config."""
+    check_class(values, ("AutoencoderKL",), source)
+    widths = values.get("block_out_channels", [128, 256, 512, 512])
+    if not isinstance(widths, list) or not all(type(w) is int and w > 0 and w % widths[0] == 0 for w in widths) or not widths:
+        raise ValueError(f"{source}: block_out_channels is {widths!r:.60}, expected a list of multiples of its first")
+    names = dict(ch="ch", ch_mult="ch_mult", num_res_blocks="layers_per_block", z_channels="latent_channels",
+                 num_groups="norm_num_groups", scale_factor="scaling_factor", shift_factor="shift_factor")
+    return pick(AutoencoderConfig, values | {"ch": widths[0], "ch_mult": [w // widths[0] for w in widths]}, names, source)
+
+
+def autoencoder_config_from_tensors(state: State, source: Path) -> AutoencoderConfig:
+    """Sizes from the shapes of an original checkpoint's tensors.
+
+    The number of GroupNorm groups and the latents' scale and shift are not in them; they are taken to be the official
+    ones, and an autoencoder that cannot have 32 groups is refused."""
     levels, blocks = autoencoder_levels(set(state))
-    try:
-        ch = state["encoder.conv_in.weight"].shape[0]
-        widths = [state[f"encoder.down.{i}.block.0.conv1.weight"].shape[0] for i in range(levels)]
-        config = AutoencoderConfig(ch=ch, ch_mult=tuple(w // ch for w in widths), num_res_blocks=blocks,
-                                   z_channels=state["decoder.conv_in.weight"].shape[1])
-    except (KeyError, IndexError, ZeroDivisionError) as error:
-        raise ValueError(f"{path} is not a FLUX autoencoder: it lacks {error}") from None
-    return build(Autoencoder, config, state, path, device, dtype)
+    needed = ["encoder.conv_in.weight", "decoder.conv_in.weight",
+              *(f"encoder.down.{i}.block.0.conv1.weight" for i in range(max(levels, 1)))]
+    if missing := [name for name in needed if name not in state or state[name].ndim != 4 or 0 in state[name].shape]:
+        raise ValueError(f"{source} is not a FLUX autoencoder: it lacks {listing(missing)}")
+    first, latent, *rest = (state[name] for name in needed)
+    ch, widths, groups = len(first), [len(conv) for conv in rest], AutoencoderConfig.num_groups
+    if any(width % ch or width % groups for width in widths):
+        raise ValueError(f"{source} has the widths {widths}, expected multiples of the first and of {groups}, the official "
+                         "number of groups: give this autoencoder as a folder vae/ with a config.json")
+    return AutoencoderConfig(ch=ch, ch_mult=tuple(width // ch for width in widths), num_res_blocks=blocks,
+                             z_channels=latent.shape[1])
 
 
 def load_clip(path: Path, device="cpu", dtype=None) -> CLIPText:
     """CLIP's text tower from a folder with a config.json, or from a single file such as `clip_l.safetensors`."""
-    values = read_json(path / "config.json") if path.is_dir() else {}
-    check_class(values, ("CLIPTextModel", "CLIPModel", "CLIPTextModelWithProjection"), path / "config.json")
+    config = clip_config(read_json(path / "config.json"), path / "config.json") if path.is_dir() else None
     state = read_sharded(path, "model") if path.is_dir() else read_safetensors(path)
     # Note: newer transformers leave the prefix out; whole CLIP files bring a vision tower and projections along.
     state = {k if k.startswith("text_model.") else f"text_model.{k}": v for k, v in state.items()
              if k.startswith(("text_model.", "embeddings.", "encoder.", "final_layer_norm.")) and not k.endswith("position_ids")}
-    values = values | (values.get("text_config") or {})
-    layers, width = count(set(state), "text_model.encoder.layers"), state.get("text_model.final_layer_norm.weight")
-    if not layers or width is None:
-        raise ValueError(f"{path} holds no CLIP text tower: it lacks text_model.final_layer_norm.weight")
-    names = {field.name: field.name for field in fields(CLIPConfig)}
-    if not values:                                          # a single file: official head width, sizes from the tensors
-        shape = {name: tensor.shape[0] for name, tensor in state.items() if tensor.ndim}
-        values = dict(hidden_size=len(width), num_attention_heads=max(len(width) // 64, 1), num_hidden_layers=layers,
-                      intermediate_size=shape.get("text_model.encoder.layers.0.mlp.fc1.weight"),
-                      vocab_size=shape.get("text_model.embeddings.token_embedding.weight"),
-                      max_position_embeddings=shape.get("text_model.embeddings.position_embedding.weight"))
-    return build(CLIPText, pick(CLIPConfig, values, names, path), state, path, device, dtype)
+    return build(CLIPText, config or clip_config_from_tensors(state, path), state, path, device, dtype)
+
+
+def clip_config(values: dict, source: Path) -> CLIPConfig:
+    """Sizes from the config of a text tower or of a whole CLIP."""
+    check_class(values, ("CLIPTextModel", "CLIPModel", "CLIPTextModelWithProjection"), source)
+    text = values.get("text_config")
+    values = values | text if isinstance(text, dict) else values
+    config = pick(CLIPConfig, values, {field.name: field.name for field in fields(CLIPConfig)}, source)
+    if (activation := values.get("hidden_act", "quick_gelu")) != "quick_gelu":
+        raise ValueError(f"{source}: hidden_act is {activation!r:.60}, expected 'quick_gelu', CLIP-L's")
+    if config.hidden_size % config.num_attention_heads:
+        raise ValueError(f"{source}: {config.hidden_size} channels cannot be shared by {config.num_attention_heads} heads")
+    return config
+
+
+def clip_config_from_tensors(state: State, source: Path) -> CLIPConfig:
+    """Sizes from the shapes of a text tower's tensors; the heads are 64 wide, as all of CLIP's."""
+    needed = ["text_model.embeddings.token_embedding.weight", "text_model.embeddings.position_embedding.weight",
+              "text_model.encoder.layers.0.mlp.fc1.weight"]
+    if missing := [name for name in needed if name not in state or state[name].ndim != 2]:
+        raise ValueError(f"{source} holds no CLIP text tower: it lacks {listing(missing)}")
+    tokens, positions, fc1 = (state[name] for name in needed)
+    width = tokens.shape[1]
+    if width % 64 or not width:
+        raise ValueError(f"{source} is {width} wide, expected a multiple of 64, CLIP's head width: "
+                         "give this text encoder as a folder with a config.json")
+    return CLIPConfig(hidden_size=width, intermediate_size=len(fc1), num_attention_heads=width // 64, vocab_size=len(tokens),
+                      num_hidden_layers=count(set(state), "text_model.encoder.layers"), max_position_embeddings=len(positions))
 
 
 def load_t5(path: Path, device="cpu", dtype=None) -> T5:
@@ -170,14 +233,23 @@ def load_t5(path: Path, device="cpu", dtype=None) -> T5:
     values = read_json(path / "config.json") if path.is_dir() else {}
     check_class(values, ("T5EncoderModel", "T5ForConditionalGeneration"), path / "config.json")
     state = read_sharded(path, "model") if path.is_dir() else read_safetensors(path)
-    state = {k: v for k, v in state.items() if k.startswith(("shared.", "encoder.")) and k != "encoder.embed_tokens.weight"}
-    q, ff, shared = (state.get(k) for k in ("encoder.block.0.layer.0.SelfAttention.q.weight",
-                                            "encoder.block.0.layer.1.DenseReluDense.wi_0.weight", "shared.weight"))
-    bias = state.get("encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight")
-    if any(tensor is None or tensor.ndim != 2 for tensor in (q, ff, shared, bias)):
-        raise ValueError(f"{path} is not a gated T5 encoder (v1.1): it lacks shared.weight or the first block's tensors")
-    # Note: everything but the bias's reach is in the shapes, and the copies of this config in the wild disagree.
-    config = T5Config(d_model=shared.shape[1], d_kv=q.shape[0] // bias.shape[1], d_ff=ff.shape[0], vocab_size=shared.shape[0],
-                      num_layers=count(set(state), "encoder.block"), num_heads=bias.shape[1], num_buckets=bias.shape[0],
-                      max_distance=values.get("relative_attention_max_distance") or 128)
-    return build(T5, config, state, path, device, dtype)
+    # Note: some files hold the embedding under two names, or under the second.
+    state = {k.replace("encoder.embed_tokens.", "shared."): v for k, v in state.items() if k.startswith(("shared.", "encoder."))}
+    return build(T5, t5_config(values, state, path), state, path, device, dtype)
+
+
+def t5_config(values: dict, state: State, source: Path) -> T5Config:
+    """Sizes from the shapes of the tensors: all but the bias's reach is in them, and the copies of T5's config in the wild
+    disagree."""
+    needed = ["shared.weight", "encoder.block.0.layer.0.SelfAttention.q.weight",
+              "encoder.block.0.layer.1.DenseReluDense.wi_0.weight",
+              "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"]
+    if missing := [name for name in needed if name not in state or state[name].ndim != 2 or 0 in state[name].shape]:
+        raise ValueError(f"{source} is not a gated T5 encoder (v1.1): it lacks {listing(missing)}")
+    shared, q, wi, (buckets, heads) = *(state[name] for name in needed[:3]), state[needed[3]].shape
+    reach = pick(T5Config, values, {"max_distance": "relative_attention_max_distance"}, source).max_distance
+    if len(q) % heads or not 4 <= buckets < 4 * reach:
+        raise ValueError(f"{source}: {len(q)} channels, {heads} heads and {buckets} buckets for distances up to {reach} "
+                         "do not fit together")
+    return T5Config(d_model=shared.shape[1], d_kv=len(q) // heads, d_ff=len(wi), vocab_size=len(shared), num_heads=heads,
+                    num_layers=count(set(state), "encoder.block"), num_buckets=buckets, max_distance=reach)

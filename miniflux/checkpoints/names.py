@@ -5,6 +5,7 @@ diffusers layout. Two facts do not fit in a row: the halves of the last modulati
 shift), and the autoencoder's 1x1 convolutions are linear layers there.
 """
 
+import re
 from collections.abc import Iterator
 
 import torch
@@ -116,17 +117,20 @@ def swap_halves(x: Tensor) -> Tensor:
 
 
 def count(names: set[str], prefix: str) -> int:
-    """How many blocks `prefix`.0, `prefix`.1, ... the names mention."""
-    indices = {int(name.removeprefix(prefix + ".").split(".")[0]) for name in names if name.startswith(prefix + ".")}
-    return max(indices, default=-1) + 1
+    """How many blocks `prefix`.0, `prefix`.1, ... the names mention (at most as many as there are names)."""
+    block = re.compile(re.escape(prefix) + r"\.([0-9]{1,6})\.")
+    indices = {int(match[1]) for match in map(block.match, names) if match}
+    return min(max(indices, default=-1) + 1, len(names))
 
 
 def from_diffusers(state: dict[str, Tensor], modules: Table) -> dict[str, Tensor]:
     """Renames and joins a diffusers state dict, taking tensors *out of it* as it goes so that no second copy stays alive.
-    Names that no row knows, or that lack a sibling, are passed on unchanged for the strict loader to report."""
+    Names that no row knows, and those that lack a sibling of the same width, are passed on unchanged for the strict loader
+    to report."""
     result = {}
     for original, sources in list(tensor_names(modules, set(state))):
-        if all(source in state for source in sources):
+        widths = {state[source].shape[1:] if source in state and state[source].ndim else None for source in sources}
+        if len(widths) == 1 and None not in widths:
             parts = [state.pop(source) for source in sources]
             result[original] = torch.cat(parts) if len(parts) > 1 else parts[0]
     return result | state

@@ -11,7 +11,6 @@ Attributes are named like the tensors of `ae.safetensors`. Reference: `src/flux/
 
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 

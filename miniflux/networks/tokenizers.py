@@ -17,18 +17,24 @@ Sources: BPE: Sennrich et al. 2016, arXiv:1508.07909. CLIP: Radford et al. 2021,
 arXiv:1804.10959. SentencePiece: Kudo & Richardson 2018, arXiv:1808.06226. Grapheme clusters: Unicode Annex 29.
 """
 
-import base64
 import heapq
-import json
+import math
 import re
-import struct
 import unicodedata
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 
-import numpy as np
 import torch
+
+from .character_map import CharacterMap
+from .tokenizer_files import (
+    read_bytes,
+    read_json,
+    read_max_length,
+    read_spiece_model,
+    read_tokenizer_json,
+)
 
 remember = lru_cache(maxsize=50_000)  # prompts repeat their words; the least recently used are forgotten
 
@@ -182,90 +188,6 @@ class CLIPTokenizer:
 SPECIAL = re.compile(r"<pad>|</s>|<unk>|<extra_id_\d+>")
 UNKNOWN_PENALTY = 10.0  # an unknown character scores this much less than the least probable piece
 
-# What of Annex 29's classes Extend and Prepend does not follow from the general category.
-JOINS_LEFT = re.compile("[\u0e33\u0eb3\u200c\u200d\uff9e\uff9f\U0001f3fb-\U0001f3ff\U000e0020-\U000e007f]")
-STANDS_ALONE = re.compile("[\u102b\u102c\u1038\u1062-\u1064\u1067-\u106d\u1083\u1087-\u108c\u108f\u109a-\u109c\u1a61\u1a63"
-                          "\u1a64\uaa7b\uaa7d\U00011720\U00011721]")
-JOINS_RIGHT = re.compile("[\u0600-\u0605\u06dd\u070f\u0890\u0891\u08e2\u0d4e\U000110bd\U000110cd\U000111c2\U000111c3"
-                         "\U000113d1\U0001193f\U00011941\U00011a84-\U00011a89\U00011d46\U00011f02]")
-
-
-@remember
-def joining(c: str) -> str:
-    """How a character joins its neighbours in a cluster: "left", "right", "never" (controls) or not by itself, ""."""
-    category = unicodedata.category(c)
-    if JOINS_LEFT.match(c) or category[0] == "M" and not STANDS_ALONE.match(c):
-        return "left"
-    return "right" if JOINS_RIGHT.match(c) else "never" if category in ("Cc", "Cf", "Zl", "Zp") else ""
-
-
-def clusters(text: str) -> Iterator[str]:
-    """Cut text into grapheme clusters, what a reader sees as one character.
-
-    >>> [len(cluster) for cluster in clusters("ae\\u0301\\r\\nx")]
-    [1, 2, 2, 1]
-
-    Note: only clusters below six bytes matter to `CharacterMap`, so the rules that make longer ones are left out: Hangul
-    syllables, flags, Indic conjuncts, emoji sequences. (It shows only where a later member of such a sequence is a
-    character the map replaces *and* has a two-byte accent, as in: heart, zero-width joiner, ™, U+0301.)
-    """
-    start = 0
-    for i in range(1, len(text)):
-        left, right = joining(text[i - 1]), joining(text[i])
-        joined = (right == "left" or left == "right") and "never" not in (left, right)
-        if not joined and text[i - 1 : i + 1] != "\r\n":
-            yield text[start:i]
-            start = i
-    if text:
-        yield text[start:]
-
-
-class CharacterMap:
-    """SentencePiece's precompiled map of characters: "ﬁ" -> "fi", "①" -> "1", "\\t" -> " ", most controls -> nothing.
-
-    The bytes are: u32 size of a trie, the trie, the replacements (UTF-8, each ended by NUL). The trie is a double array
-    (Aoe 1989, laid out as in darts-clone): node p's child by byte b is unit p ^ offset(p) ^ b, if that unit's label is b.
-
-        unit, 32 bits:  [30..10] offset  [9] offset counts in 256s  [8] a replacement ends here: its position among the
-                        replacements is in unit p ^ offset(p)  [31 and 7..0] label; bit 31 marks units with positions
-    """
-
-    def __init__(self, charsmap: bytes):
-        size = struct.unpack_from("<I", charsmap)[0] if len(charsmap) >= 4 else 0
-        if charsmap and (size % 4 or not 4 <= size <= len(charsmap) - 4):
-            raise ValueError(f"the character map is damaged: a trie of {size} bytes does not fit {len(charsmap)} bytes")
-        units = np.frombuffer(charsmap[4 : 4 + size], "<u4")
-        children = np.arange(len(units), dtype=np.uint32) ^ ((units >> 10) << ((units & 512) >> 6))  # p ^ offset(p)
-        if np.any((children | 255)[units >> 31 == 0] >= len(units)):
-            raise ValueError(f"the character map is damaged: its trie leads outside of its {len(units)} units")
-        self.units, self.children = units.tolist(), children.tolist()
-        self.replacements = charsmap[4 + size :]
-
-    def __call__(self, text: str) -> str:
-        return "".join(map(self.replace, clusters(text))) if self.units else text
-
-    @remember
-    def replace(self, cluster: str) -> str:
-        """Note: a cluster below six bytes is tried as a whole, and replaced as a whole by what its *shortest* known prefix
-        stands for: "ﬁ" with an accent becomes "fi", the accent is lost. All else goes character by character."""
-        whole = self.find(cluster) if len(cluster.encode("utf-8")) < 6 else None
-        if whole is not None:
-            return whole
-        return "".join(c if (found := self.find(c)) is None else found for c in cluster)
-
-    def find(self, key: str) -> str | None:
-        """The replacement of the shortest prefix of `key` that has one."""
-        node = self.children[0]
-        for byte in key.encode("utf-8"):
-            unit, node = self.units[node ^ byte], self.children[node ^ byte]
-            if unit & 0x800000FF != byte:
-                return None
-            if unit & 256:
-                position = self.units[node] & 0x7FFFFFFF
-                return self.replacements[position:].split(b"\0", 1)[0].decode("utf-8", errors="replace")
-        return None
-
-
 class T5Tokenizer:
     """Unigram model over normalised text in which "▁" stands for a space.
 
@@ -338,7 +260,7 @@ class T5Tokenizer:
 
         Note: of equal scores the earlier start wins. A character that is no piece is unknown; neighbours make one <unk>.
         """
-        best = [0.0] + [-np.inf] * len(word)
+        best = [0.0] + [-math.inf] * len(word)
         last = [(0, self.unknown)] * len(best)  # start and id of the last piece of the best way to reach each end
         for start in range(len(word)):
             for end in range(start + 1, min(start + self.longest, len(word)) + 1):
@@ -353,105 +275,3 @@ class T5Tokenizer:
             if [number] != ids[-1:] or number != self.unknown:
                 ids.append(number)
         return ids[::-1]
-
-
-# --------------------------------------------------------------------------------------------------------------- files
-
-
-def read_bytes(path: Path) -> bytes:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} not found, expected a tokenizer in the Hugging Face layout")
-    return path.read_bytes()
-
-
-def read_json(path: Path) -> dict:
-    try:
-        return dict(json.loads(read_bytes(path)).items())
-    except (AttributeError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged, expected a JSON object ({error})") from None
-
-
-def read_config(folder: Path) -> dict:
-    path = folder / "tokenizer_config.json"
-    return read_json(path) if path.exists() else {}
-
-
-def read_max_length(folder: Path, default: int) -> int:
-    """Note: transformers writes 1e30 for "no limit"."""
-    length = read_config(folder).get("model_max_length")
-    return length if isinstance(length, int) and 2 <= length < 10**6 else default
-
-
-def read_tokenizer_json(path: Path) -> tuple[list[tuple[str, float]], bytes, dict[str, int]]:
-    """The pieces, the character map and the special tokens of a tokenizer.json with a unigram model."""
-    data = read_json(path)
-    try:
-        if data["model"]["type"] != "Unigram":
-            raise ValueError(f"its model is {data['model']['type']!r}")
-        pieces = [(str(piece), float(score)) for piece, score in data["model"]["vocab"]]
-        steps = data["normalizer"] or {}
-        maps = [step.get("precompiled_charsmap") for step in steps.get("normalizers", [steps])]
-        special = {token["content"]: int(token["id"]) for token in data["added_tokens"] if token["content"]}
-        return pieces, base64.b64decode("".join(filter(None, maps))), special
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is no tokenizer of T5, expected a Unigram model ({error})") from None
-
-
-def read_spiece_model(path: Path) -> tuple[list[tuple[str, float]], bytes, dict[str, int]]:
-    """The same from a SentencePiece model: a protobuf message of the fields 1: a piece (1: text, 2: score, 3: kind),
-    2: training (3: model type), 3: normaliser (2: character map).
-
-    SentencePiece knows no <extra_id_N>; T5 appends them in falling order. How many is said in tokenizer_config.json;
-    where there is none: the official 100 after the official 32,000 pieces, else 0.
-    """
-    pieces, charsmap, special = [], b"", {}
-    config = read_config(path.parent)
-    try:
-        for field, message in protobuf_fields(read_bytes(path)):
-            values = dict(protobuf_fields(message)) if field in (1, 2, 3) else {}
-            if field == 1:
-                if values.get(3, 1) in (2, 3, 4):  # unknown, control, user defined
-                    special[values[1].decode("utf-8")] = len(pieces)
-                pieces.append((values[1].decode("utf-8"), struct.unpack("<f", values.get(2, bytes(4)))[0]))
-            elif field == 2 and values.get(3, 1) != 1:
-                raise ValueError("its model type is not unigram")
-            elif field == 3:
-                charsmap = values.get(2, b"")
-        named = len(set(re.findall(r"<extra_id_\d+>", json.dumps(config))))
-        extra = max(named, config.get("extra_ids") or 0) if config else 100 * (len(pieces) == 32_000)
-        for i in reversed(range(extra * ("<extra_id_0>" not in dict(pieces)))):
-            special[f"<extra_id_{i}>"] = len(pieces)
-            pieces.append((f"<extra_id_{i}>", 0.0))
-    except (AttributeError, LookupError, TypeError, ValueError, struct.error) as error:
-        raise ValueError(f"{path} is damaged, expected a SentencePiece unigram model ({error})") from None
-    return pieces, charsmap, special
-
-
-def protobuf_fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """(number, value) of each field: an int for integers of variable length, bytes for all else.
-
-    >>> list(protobuf_fields(b"\\x08\\x96\\x01" b"\\x12\\x02hi"))
-    [(1, 150), (2, b'hi')]
-    """
-    position = 0
-
-    def integer() -> int:  # seven bits a byte, the lowest first; bit 7 says that there is more
-        nonlocal position
-        value = 0
-        for shift in range(0, 64, 7):
-            position += 1
-            value |= (message[position - 1] & 127) << shift
-            if message[position - 1] < 128:
-                break
-        return value
-
-    while position < len(message):
-        number, kind = divmod(integer(), 8)
-        size = integer() if kind in (0, 2) else {1: 8, 5: 4}[kind]
-        if kind == 0:
-            yield number, size
-        elif position + size <= len(message):
-            yield number, message[position : position + size]
-            position += size
-        else:
-            raise ValueError("it is cut off")

@@ -10,7 +10,8 @@ import string
 import tempfile
 from pathlib import Path
 
-from ..networks.tokenizers import byte_symbols, read_spiece_model
+from ..networks.tokenizer_files import read_spiece_model
+from ..networks.tokenizers import byte_symbols
 from .scenes import sample_scene
 
 MAX_TOKENS = 32                          # of a prompt, for both encoders
@@ -29,7 +30,14 @@ def write_json(path: Path, content) -> None:
 
 def learn_clip(texts: list[str], folder: Path) -> None:
     """`vocab.json`, `merges.txt` and their configs: 256 bytes, the same ending a word, the merges, two special tokens."""
-    from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+    from tokenizers import (
+        Regex,
+        Tokenizer,
+        models,
+        normalizers,
+        pre_tokenizers,
+        trainers,
+    )
 
     learner = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     learner.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()])
@@ -52,7 +60,15 @@ def learn_clip(texts: list[str], folder: Path) -> None:
 def learn_t5(texts: list[str], folder: Path) -> None:
     """`spiece.model`, and the same pieces with T5's pipeline as `tokenizer.json`."""
     import sentencepiece
-    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+    from tokenizers import (
+        Regex,
+        Tokenizer,
+        decoders,
+        models,
+        normalizers,
+        pre_tokenizers,
+        processors,
+    )
 
     folder.mkdir(parents=True, exist_ok=True)
     # Note: a piece is considered if two *different* words contain it; with a comma each word becomes two.

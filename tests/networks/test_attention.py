@@ -7,8 +7,14 @@ import pytest
 import torch
 
 from miniflux.networks import attention as module
-from miniflux.networks.attention import (BACKENDS, apply_rope, attention, attention_backend, formula,
-                                         rope_table)
+from miniflux.networks.attention import (
+    BACKENDS,
+    apply_rope,
+    attention,
+    attention_backend,
+    formula,
+    rope_table,
+)
 
 
 def rotate(pair: tuple[float, float], angle: float) -> list[float]:

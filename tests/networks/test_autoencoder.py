@@ -5,7 +5,14 @@ import torch
 import torch.nn.functional as F
 
 from miniflux.networks.attention import formula
-from miniflux.networks.autoencoder import AttnBlock, Autoencoder, AutoencoderConfig, Downsample, ResnetBlock, Upsample
+from miniflux.networks.autoencoder import (
+    AttnBlock,
+    Autoencoder,
+    AutoencoderConfig,
+    Downsample,
+    ResnetBlock,
+    Upsample,
+)
 
 SMALL = AutoencoderConfig(ch=8, ch_mult=(1, 2, 2, 2), num_res_blocks=1, num_groups=4)
 

@@ -8,8 +8,17 @@ import torch
 import torch.nn.functional as F
 
 from miniflux.networks import mmdit
-from miniflux.networks.mmdit import (DoubleBlock, FinalLayer, MMDiT, MMDiTConfig, RMSNorm, SingleBlock, modulate, split_heads,
-                                     timestep_embedding)
+from miniflux.networks.mmdit import (
+    DoubleBlock,
+    FinalLayer,
+    MMDiT,
+    MMDiTConfig,
+    RMSNorm,
+    SingleBlock,
+    modulate,
+    split_heads,
+    timestep_embedding,
+)
 
 SMALL = MMDiTConfig(in_channels=8, out_channels=8, vec_in_dim=12, context_in_dim=20, hidden_size=32, num_heads=2, depth=2,
                     depth_single_blocks=2, axes_dim=(4, 4, 8))

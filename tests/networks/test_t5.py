@@ -7,8 +7,17 @@ import pytest
 import torch
 
 from miniflux.networks import t5 as module
-from miniflux.networks.t5 import (T5, T5FF, T5Attention, T5Config, T5LayerFF, T5LayerNorm, T5LayerSelfAttention, clamp_fp16,
-                                  relative_position_bucket)
+from miniflux.networks.t5 import (
+    T5,
+    T5FF,
+    T5Attention,
+    T5Config,
+    T5LayerFF,
+    T5LayerNorm,
+    T5LayerSelfAttention,
+    clamp_fp16,
+    relative_position_bucket,
+)
 
 SMALL = T5Config(d_model=16, d_kv=6, d_ff=24, num_layers=2, num_heads=4, vocab_size=30)
 

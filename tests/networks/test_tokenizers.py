@@ -14,12 +14,25 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    models,
+    normalizers,
+    pre_tokenizers,
+    trainers,
+)
 
+from miniflux.networks import character_map, tokenizer_files
 from miniflux.networks import tokenizers as ours
-from miniflux.networks.tokenizers import CharacterMap, CLIPTokenizer, T5Tokenizer, clusters, normalise_clip, split_clip
-
-hf = pytest.importorskip("tokenizers")
-from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers  # noqa: E402
+from miniflux.networks.character_map import CharacterMap, clusters
+from miniflux.networks.tokenizers import (
+    CLIPTokenizer,
+    T5Tokenizer,
+    normalise_clip,
+    split_clip,
+)
 
 OFFICIAL = Path(__file__).resolve().parents[2].parent / "shared" / "reference" / "FLUX.1-dev"
 official = pytest.mark.skipif(not OFFICIAL.is_dir(), reason="the official tokenizer files are not here")
@@ -186,7 +199,7 @@ def test_t5_equals_the_tokenizers_library_on_a_small_vocabulary(small_t5_folder,
     pieces = [(model.id_to_piece(i), model.get_score(i)) for i in range(len(model))]
     pieces += [(f"<extra_id_{i}>", 0.0) for i in (2, 1, 0)]
     from_spiece = T5Tokenizer.from_folder(copy(small_t5_folder, tmp_path / "spiece", extra_ids=3))
-    charsmap = ours.read_spiece_model(small_t5_folder / "spiece.model")[1]
+    charsmap = tokenizer_files.read_spiece_model(small_t5_folder / "spiece.model")[1]
     reference = t5_pipeline(pieces, charsmap)
     texts = strings(50_000, seed=4)
     assert_equal(from_spiece, reference, texts)
@@ -226,7 +239,7 @@ def test_grapheme_clusters_are_cut_like_the_library_cuts_them(official_t5):
 
 
 def test_the_examples_in_the_docstrings_hold():
-    assert doctest.testmod(ours).failed == 0
+    assert all(doctest.testmod(module).failed == 0 for module in (ours, character_map, tokenizer_files))
 
 
 CLIP_EXAMPLES = {
@@ -421,13 +434,13 @@ def test_a_spiece_model_of_the_official_pieces_gets_the_100_official_extra_ids(o
         length = bytes([size & 127 | 128, size >> 7 & 127 | 128, size >> 14])  # padded with a zero group: still valid
         return bytes([number << 3 | 2]) + length + content
 
-    pieces, charsmap, special = ours.read_tokenizer_json(OFFICIAL / "tokenizer_2/tokenizer.json")
+    pieces, charsmap, special = tokenizer_files.read_tokenizer_json(OFFICIAL / "tokenizer_2/tokenizer.json")
     message = [field(3, field(2, charsmap))]
     for i, (piece, score) in enumerate(pieces[:32_000]):
         kind = b"\x18" + (bytes([2]) if piece == "<unk>" else bytes([3]) if i < 2 else bytes([1]))
         message.append(field(1, field(1, piece.encode()) + b"\x15" + struct.pack("<f", score) + kind))
     (tmp_path / "spiece.model").write_bytes(b"".join(message))
-    assert ours.read_spiece_model(tmp_path / "spiece.model") == (pieces, charsmap, special)
+    assert tokenizer_files.read_spiece_model(tmp_path / "spiece.model") == (pieces, charsmap, special)
     assert T5Tokenizer.from_folder(tmp_path).encode("a fox<extra_id_5>") == official_t5.encode("a fox<extra_id_5>")
 
 

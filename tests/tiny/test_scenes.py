@@ -9,8 +9,25 @@ import numpy as np
 import pytest
 
 from miniflux.tiny import scenes
-from miniflux.tiny.scenes import (COLOURS, OBJECTS, PLAIN, SCENIC, SIDE, Placed, Scene, article, contact_sheet, held_out_prompts,
-                                  is_held_out, is_visible, object_masks, paint_ground, plural, render, sample_scene)
+from miniflux.tiny.scenes import (
+    COLOURS,
+    OBJECTS,
+    PLAIN,
+    SCENIC,
+    SIDE,
+    Placed,
+    Scene,
+    article,
+    contact_sheet,
+    held_out_prompts,
+    is_held_out,
+    is_visible,
+    object_masks,
+    paint_ground,
+    plural,
+    render,
+    sample_scene,
+)
 
 
 @pytest.fixture(scope="module")
