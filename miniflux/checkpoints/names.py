@@ -125,12 +125,13 @@ def count(names: set[str], prefix: str) -> int:
 
 def from_diffusers(state: dict[str, Tensor], modules: Table) -> dict[str, Tensor]:
     """Renames and joins a diffusers state dict, taking tensors *out of it* as it goes so that no second copy stays alive.
-    Names that no row knows, and those that lack a sibling of the same width, are passed on unchanged for the strict loader
+    Names that no row knows, and those that lack a sibling of their kind, are passed on unchanged for the strict loader
     to report."""
     result = {}
     for original, sources in list(tensor_names(modules, set(state))):
-        widths = {state[source].shape[1:] if source in state and state[source].ndim else None for source in sources}
-        if len(widths) == 1 and None not in widths:
+        parts = [state[source] for source in sources if source in state and state[source].ndim]
+        # Note: torch joins float32 and bfloat16, but not one-byte types with others.
+        if len(parts) == len(sources) and len({(part.shape[1:], part.dtype.itemsize == 1) for part in parts}) == 1:
             parts = [state.pop(source) for source in sources]
             result[original] = torch.cat(parts) if len(parts) > 1 else parts[0]
     return result | state

@@ -99,7 +99,7 @@ class RMSNorm(nn.Module):
         self.scale = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, x.shape[-1:], self.scale, eps=1e-6)
+        return F.rms_norm(x, x.shape[-1:], self.scale.to(x.dtype), eps=1e-6)
 
 
 class QKNorm(nn.Module):

@@ -19,10 +19,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ..checkpoints.layouts import load_autoencoder
+from ..cli import Parser
 from ..flux import find_device
 from ..networks.autoencoder import Autoencoder
 from ..networks.tokenizers import CLIPTokenizer, T5Tokenizer
 from . import export, train_autoencoder, train_flow, vocabulary
+
+
+SCENES = {"vocabulary": 20_000, "autoencoder": 6_000, "base": 36_000, "guidance": 36_000}
 
 
 def averaged(folder: Path) -> dict[str, Tensor]:
@@ -36,40 +40,42 @@ def parts(model: Path, device: torch.device) -> tuple[Autoencoder, CLIPTokenizer
     return autoencoder, CLIPTokenizer.from_folder(model / "tokenizer"), T5Tokenizer.from_folder(model / "tokenizer_2")
 
 
-def train_autoencoder_stage(work: Path, steps: int | None, minutes: float | None, device: torch.device) -> None:
-    scale, shift = train_autoencoder.run(work / "autoencoder", steps, minutes, device)
+def train_autoencoder_stage(work: Path, steps: int | None, minutes: float | None, scenes: int, device: torch.device) -> None:
+    scale, shift = train_autoencoder.run(work / "autoencoder", steps, minutes, device, scenes)
     network = Autoencoder(replace(train_autoencoder.CONFIG, scale_factor=scale, shift_factor=shift))
     network.load_state_dict(averaged(work / "autoencoder"))
     export.write_autoencoder(work / "model", network)
 
 
-def train_painter_stage(work: Path, stage: str, steps: int | None, minutes: float | None, device: torch.device) -> None:
+def train_painter_stage(work: Path, stage: str, steps: int | None, minutes: float | None, scenes: int, device: torch.device) -> None:
     teacher, lr = (averaged(work / "base"), 1e-3) if stage == "guidance" else (None, 2e-3)
-    train_flow.run(work / stage, parts(work / "model", device), steps, minutes, device, teacher, lr=lr)
+    train_flow.run(work / stage, parts(work / "model", device), steps, minutes, device, teacher, scenes, lr)
     painter = train_flow.Painter()
     painter.load_state_dict(averaged(work / stage))
     export.write_mmdit(work / "model", painter.mmdit)
     export.write_text_encoders(work / "model", painter.clip, painter.t5)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m miniflux.tiny.train", description=__doc__,
+def main(argv: list[str] | None = None) -> None:
+    parser = Parser(prog="python -m miniflux.tiny.train", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", choices=["vocabulary", "autoencoder", "base", "guidance"])
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--minutes", type=float, help="train for so long (default 15)")
     length.add_argument("--steps", type=int, help="train for so many steps")
+    parser.add_argument("--scenes", type=int, help=f"how many scenes to learn from (default {SCENES})")
     parser.add_argument("--work", type=Path, default=Path("tiny-training"), help="the folder of all results (default tiny-training)")
     parser.add_argument("--device", type=find_device, default=find_device(), help="default: CUDA, then MPS, then the CPU")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     minutes = args.minutes if args.minutes or args.steps else 15.0
+    scenes = args.scenes or SCENES[args.stage]
     try:
         if args.stage == "vocabulary":
-            vocabulary.learn(args.work / "model")
+            vocabulary.learn(args.work / "model", scenes)
         elif args.stage == "autoencoder":
-            train_autoencoder_stage(args.work, args.steps, minutes, args.device)
+            train_autoencoder_stage(args.work, args.steps, minutes, scenes, args.device)
         else:
-            train_painter_stage(args.work, args.stage, args.steps, minutes, args.device)
+            train_painter_stage(args.work, args.stage, args.steps, minutes, scenes, args.device)
     except (OSError, ValueError, ImportError) as error:
         parser.error(str(error))
 

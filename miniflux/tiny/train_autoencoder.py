@@ -55,11 +55,11 @@ def psnr(net: Autoencoder, x: Tensor) -> tuple[float, Tensor]:
     return float((10 * torch.log10(4 / (y - x).square().mean(dim=(1, 2, 3)))).mean()), y
 
 
-def run(folder: Path, steps: int | None, minutes: float | None, device: torch.device, count: int = 6000) -> tuple[float, float]:
+def run(folder: Path, steps: int | None, minutes: float | None, device: torch.device, scenes: int) -> tuple[float, float]:
     """Train; returns the scale and the shift that give the latents of unseen pictures unit variance and zero mean."""
     torch.manual_seed(0)
     net = Autoencoder(CONFIG).to(device, memory_format=torch.channels_last)
-    data, unseen = pictures(count, seed=1), to_tensor(pictures(64, seed=2)).to(device)
+    data, unseen = pictures(scenes, seed=1), to_tensor(pictures(64, seed=2)).to(device)
 
     def loss_of(generator: torch.Generator) -> Tensor:
         index, y, x = (torch.randint(high, (BATCH,), generator=generator).tolist()

@@ -96,7 +96,7 @@ def noisy(tokens: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, T
 
 
 def run(folder: Path, model: tuple[Autoencoder, CLIPTokenizer, T5Tokenizer], steps: int | None, minutes: float | None,
-        device: torch.device, teacher: dict[str, Tensor] | None = None, count: int = 36_000, lr: float = 2e-3) -> None:
+        device: torch.device, teacher: dict[str, Tensor] | None, scenes: int, lr: float) -> None:
     """Train the base model; or, given the base model's weights as `teacher`, distil guidance into a copy of it."""
     torch.manual_seed(0)
     painter = Painter().to(device)
@@ -106,7 +106,7 @@ def run(folder: Path, model: tuple[Autoencoder, CLIPTokenizer, T5Tokenizer], ste
         guide.load_state_dict(teacher)
         painter.clip.requires_grad_(False)
         painter.t5.requires_grad_(False)
-    tokens, clip_ids, t5_ids = encode_scenes(*model, count, seed=10 if teacher is None else 11, device=device)
+    tokens, clip_ids, t5_ids = encode_scenes(*model, scenes, seed=10 if teacher is None else 11, device=device)
 
     def batch(generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         index = torch.randint(len(tokens), (BATCH,), generator=generator)

@@ -102,8 +102,8 @@ def train(net: nn.Module, loss_of: Callable[[torch.Generator], Tensor], folder: 
         losses.append(loss.detach())
         if step % log_every == 0:
             write_log(log, step=step, seconds=round(seconds, 1), loss=float(torch.stack(losses).mean()))
-            if not math.isfinite(float(loss)):
-                raise ValueError(f"the loss became {float(loss)} at step {step}: lower the learning rate")
+            if not math.isfinite(losses[-1]):
+                raise ValueError(f"the loss became {float(losses[-1])} at step {step}: lower the learning rate")
             losses.clear()
         if step % save_every == 0:
             save_state(state, net, ema, optimizers, step, time.monotonic() - began)

@@ -94,7 +94,7 @@ def learn_t5(texts: list[str], folder: Path) -> None:
                special | {"tokenizer_class": "T5TokenizerFast", "model_max_length": MAX_TOKENS, "extra_ids": 0, "additional_special_tokens": []})
 
 
-def learn(folder: Path, count: int = 20_000) -> None:
+def learn(folder: Path, count: int) -> None:
     """Both vocabularies, into `folder/tokenizer` and `folder/tokenizer_2`."""
     texts = captions(count, seed=3)
     learn_clip(texts, folder / "tokenizer")

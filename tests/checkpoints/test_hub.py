@@ -1,0 +1,193 @@
+"""Models in the Hugging Face cache and on the Hub. The cache is a fake one; no test reaches for the network."""
+
+import os
+import sys
+from fnmatch import fnmatch
+from pathlib import Path
+
+import pytest
+
+from miniflux import flux
+from miniflux.checkpoints import hub
+from miniflux.checkpoints.hub import OFFICIAL, WANTED, cache_folder, find_in_cache, find_or_download
+
+SCHNELL = OFFICIAL["schnell"]
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    return tmp_path / "hub"
+
+
+def snapshot(cache: Path, repo: str, commit: str, *files: str, main: bool = True, age: int = 0) -> Path:
+    """A snapshot folder with these (empty) files, as huggingface_hub lays it out."""
+    folder = cache / ("models--" + repo.replace("/", "--"))
+    path = folder / "snapshots" / commit
+    for file in files:
+        (path / file).parent.mkdir(parents=True, exist_ok=True)
+        (path / file).touch()
+    os.utime(path, (1e9 - age, 1e9 - age))
+    if main:
+        (folder / "refs").mkdir(exist_ok=True)
+        (folder / "refs" / "main").write_text(commit)
+    return path
+
+
+def download(monkeypatch, act) -> list:
+    """Puts a huggingface_hub in place whose snapshot_download is `act`; returns the calls."""
+    calls = []
+
+    class Hub:
+        @staticmethod
+        def snapshot_download(repo, **keywords):
+            calls.append((repo, keywords))
+            return act(repo)
+
+    monkeypatch.setitem(sys.modules, "huggingface_hub", Hub)
+    return calls
+
+
+@pytest.fixture
+def no_hub(monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)                     # importing it raises ImportError
+
+
+# ------------------------------------------------------------------------------------------------------------ in the cache
+
+
+@pytest.mark.parametrize("variables, expected", [
+    ({"HF_HUB_CACHE": "/a/hub", "HF_HOME": "/b"}, "/a/hub"), ({"HF_HOME": "/b"}, "/b/hub"), ({"XDG_CACHE_HOME": "/c"}, "/c/huggingface/hub"),
+    ({"HF_HUB_CACHE": "~/hub"}, "/home/me/hub"), ({}, "/home/me/.cache/huggingface/hub")], ids=str)
+def test_the_cache_lies_where_the_hub_puts_it(monkeypatch, variables, expected):
+    """Oracle: the documentation of huggingface_hub's environment variables."""
+    for name in ("HF_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", "/home/me")
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert cache_folder() == Path(expected)
+
+
+def test_a_model_is_found_through_its_main_branch(cache):
+    path = snapshot(cache, SCHNELL, "aaa", "transformer/a.safetensors", age=100)
+    snapshot(cache, SCHNELL, "bbb", "transformer/a.safetensors", main=False)
+    assert find_in_cache(SCHNELL) == find_or_download(SCHNELL) == flux.find_source("schnell") == flux.find_source(SCHNELL) == path
+
+
+def test_without_a_main_branch_the_newest_snapshot_is_taken(cache):
+    snapshot(cache, SCHNELL, "ccc", "transformer/a.safetensors", main=False, age=100)
+    path = snapshot(cache, SCHNELL, "aaa", "transformer/a.safetensors", main=False, age=1)
+    snapshot(cache, SCHNELL, "bbb", "transformer/a.safetensors", main=False, age=50)
+    assert find_in_cache(SCHNELL) == path
+
+
+@pytest.mark.parametrize("main", ["", "\n", "gone"])
+def test_a_main_branch_that_points_nowhere_is_passed_over(cache, main):
+    path = snapshot(cache, SCHNELL, "aaa", "transformer/a.safetensors")
+    (path.parents[1] / "refs" / "main").write_text(main)
+    assert find_in_cache(SCHNELL) == path
+
+
+def test_what_is_not_in_the_cache_is_not_found(cache):
+    assert find_in_cache(SCHNELL) is None
+    snapshot(cache, SCHNELL + "-2", "aaa", "transformer/a.safetensors")
+    assert find_in_cache(SCHNELL) is None
+
+
+def test_a_name_comes_before_a_folder_of_that_name(cache, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "schnell").mkdir()
+    path = snapshot(cache, SCHNELL, "aaa", "transformer/a.safetensors")
+    assert flux.find_source("schnell") == path
+    assert flux.find_source("./schnell") == flux.find_source(Path("schnell")) == Path("schnell")
+
+
+def test_a_folder_comes_before_a_repository_of_that_name(cache, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / SCHNELL).mkdir(parents=True)
+    snapshot(cache, SCHNELL, "aaa", "transformer/a.safetensors")
+    assert flux.find_source(SCHNELL) == Path(SCHNELL)
+
+
+def test_models_are_listed_with_where_they_are(cache):
+    path = snapshot(cache, SCHNELL, "aaa", "model_index.json")
+    lines = flux.list_models()
+    assert any(str(path) in line and line.startswith("schnell") for line in lines)
+    assert any(f"not in {cache}" in line and line.startswith("dev") for line in lines)
+
+
+# ---------------------------------------------------------------------------------------------------------------- download
+
+
+def test_a_missing_model_without_the_hub_says_what_to_do(cache, no_hub):
+    with pytest.raises(FileNotFoundError) as caught:
+        flux.load("schnell")
+    assert str(caught.value) == (f'{SCHNELL} is not in {cache}: `pip install "miniflux-torch[hub]"` to download it, '
+                                 "or give a folder that holds it")
+
+
+def test_an_incomplete_snapshot_is_said_so(cache, no_hub):
+    path = snapshot(cache, SCHNELL, "aaa", "model_index.json", "tokenizer/vocab.json")
+    (path / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    with pytest.raises(ValueError, match="aaa is incomplete: it has a model_index.json, but not the folder transformer/"):
+        flux.load("schnell", device="cpu")
+
+
+def test_a_missing_or_incomplete_model_is_downloaded_into_the_cache(cache, monkeypatch):
+    calls = download(monkeypatch, lambda repo: str(snapshot(cache, repo, "bbb", "transformer/a.safetensors")))
+    expected = cache / f"models--{SCHNELL.replace('/', '--')}" / "snapshots" / "bbb"
+    snapshot(cache, SCHNELL, "aaa", "ae.safetensors")                             # what another program has left there
+    assert find_or_download(SCHNELL) == expected
+    assert calls == [(SCHNELL, {"allow_patterns": WANTED, "cache_dir": cache})]
+    assert find_or_download(SCHNELL) == expected and len(calls) == 1
+
+
+class GatedRepoError(Exception):
+    pass
+
+
+class RepositoryNotFoundError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("error, advice", [
+    (GatedRepoError("401 Client Error.\n\nAccess to model is restricted.\nPlease log in."),
+     "accept its licence at https://huggingface.co/black-forest-labs/FLUX.1-dev and log in with `hf auth login`"),
+    (RepositoryNotFoundError("401 Client Error.\n\nRepository Not Found"), "check the name and the network connection"),
+    (ConnectionError("no route to host\n" * 50), "check the name and the network connection, or give a folder that holds it"),
+], ids=lambda value: type(value).__name__)
+def test_a_download_that_fails_says_what_to_do_in_one_line(cache, monkeypatch, error, advice):
+    def fail(_):
+        raise error
+
+    download(monkeypatch, fail)
+    with pytest.raises(FileNotFoundError) as caught:
+        flux.load("dev")
+    message = str(caught.value)
+    assert message.startswith(f"black-forest-labs/FLUX.1-dev could not be downloaded ({type(error).__name__}): {advice}")
+    assert "\n" not in message
+
+
+# What the official repository holds.
+SHARDS = [f"diffusion_pytorch_model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
+REPOSITORY = {
+    "model_index.json": True, "scheduler/scheduler_config.json": True, "transformer/config.json": True,
+    "transformer/diffusion_pytorch_model.safetensors.index.json": True, **{f"transformer/{shard}": True for shard in SHARDS},
+    "vae/config.json": True, "vae/diffusion_pytorch_model.safetensors": True, "text_encoder/config.json": True,
+    "text_encoder/model.safetensors": True, "text_encoder_2/config.json": True, "text_encoder_2/model-00001-of-00002.safetensors": True,
+    "text_encoder_2/model.safetensors.index.json": True, "tokenizer/vocab.json": True, "tokenizer/merges.txt": True,
+    "tokenizer/tokenizer_config.json": True, "tokenizer_2/spiece.model": True, "tokenizer_2/tokenizer.json": True,
+    "tokenizer_2/tokenizer_config.json": True, "flux1-dev.safetensors": False, "ae.safetensors": False, "README.md": False,
+    "dev_grid.jpg": False, ".gitattributes": False, "LICENSE.md": False,
+}
+
+
+def test_the_download_fetches_what_load_needs_and_no_second_copy():
+    """Oracle: the files of the official repository and, for the patterns' meaning, fnmatch, which the hub uses."""
+    assert {file: any(fnmatch(file, pattern) for pattern in WANTED) for file in REPOSITORY} == REPOSITORY
+
+
+def test_every_official_name_is_a_repository():
+    assert len(set(OFFICIAL.values())) == len(OFFICIAL) and hub.OFFICIAL["dev"] == "black-forest-labs/FLUX.1-dev"
+    assert all(repo.startswith("black-forest-labs/FLUX.1-") for repo in OFFICIAL.values())

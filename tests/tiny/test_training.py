@@ -1,0 +1,102 @@
+"""The training loop and its stages. Oracles: by hand; and the finished folder, which `load` and `generate` must accept."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from miniflux import generate, load
+from miniflux.tiny import train as command
+from miniflux.tiny.train_flow import noisy
+from miniflux.tiny.training import learning_rate_factor, train
+
+
+def regression() -> tuple[nn.Module, object]:
+    """A small network (with matrices for Muon and vectors for AdamW) that learns y = sin(x)."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(1, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 1))
+
+    def loss_of(generator: torch.Generator):
+        x = torch.randn(32, 1, generator=generator)
+        with torch.enable_grad():
+            return (net(x) - x.sin()).square().mean()
+
+    return net, loss_of
+
+
+def backward_enabled(function):
+    def wrapped(*args, **kwargs):
+        with torch.enable_grad():
+            return function(*args, **kwargs)
+    return wrapped
+
+
+train = backward_enabled(train)                        # the suite runs without gradients
+
+
+def test_the_loss_falls(tmp_path):
+    net, loss_of = regression()
+    train(net, loss_of, tmp_path, lr=1e-2, steps=200, log_every=20)
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert losses[-1] < losses[0] / 5
+
+
+def test_a_killed_run_resumes_exactly(tmp_path):
+    """40 steps in one go, and 40 steps killed in step 27 and resumed from step 20, end in the same bits."""
+    net, loss_of = regression()
+    whole = train(net, loss_of, tmp_path / "whole", lr=1e-2, steps=40, save_every=20)
+    net, loss_of = regression()
+    calls = []
+
+    def killed(generator):
+        calls.append(1)
+        if len(calls) == 27:
+            raise KeyboardInterrupt
+        return loss_of(generator)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(net, killed, tmp_path / "parts", lr=1e-2, steps=40, save_every=20)
+    net, loss_of = regression()
+    resumed = train(net, loss_of, tmp_path / "parts", lr=1e-2, steps=40, save_every=20)
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    states = [load_file(tmp_path / run / "state.safetensors") for run in ("whole", "parts")]
+    assert states[0].keys() == states[1].keys() and all(torch.equal(states[0][k], states[1][k]) for k in states[0])
+
+
+def test_a_loss_that_explodes_stops_the_run_with_one_sentence(tmp_path):
+    net, _ = regression()
+    with pytest.raises(ValueError, match="the loss became inf at step 1: lower the learning rate"):
+        train(net, lambda generator: net(torch.ones(1, 1)).sum() * torch.inf, tmp_path, lr=1e-2, steps=5, log_every=1)
+
+
+def test_the_learning_rate_rises_stays_and_falls():
+    assert learning_rate_factor(0.0, 0) == 0.01 and learning_rate_factor(0.4, 500) == 1.0
+    assert learning_rate_factor(0.75, 500) == 0.5 and learning_rate_factor(1.0, 500) == 0.0
+
+
+def test_a_noisy_picture_lies_on_the_line_from_data_to_noise():
+    """By hand: x = (1 - t) z + t ε and v = ε - z, so x - t v = z."""
+    z = torch.randn(3, 4, 64).bfloat16()
+    x, t, v = noisy(z, torch.Generator().manual_seed(0))
+    assert torch.allclose(x - t[:, None, None] * v, z.float(), atol=1e-5) and (0 < t).all() and (t < 1).all()
+
+
+def test_two_steps_of_every_stage_end_in_a_folder_that_load_opens(tmp_path):
+    """The pictures are noise; names, sizes, configs and vocabularies are those of a finished model."""
+    with torch.enable_grad():
+        command.main(["vocabulary", "--work", str(tmp_path), "--scenes", "3000"])
+        for stage in ("autoencoder", "base", "guidance"):
+            command.main([stage, "--work", str(tmp_path), "--steps", "2", "--scenes", "64", "--device", "cpu"])
+            assert (tmp_path / stage / "sheet.png").is_file()
+    flux = load(tmp_path / "model", device="cpu")
+    assert flux.config.size == 128 and flux.config.max_text_tokens == 32
+    picture, = generate(flux, "a red apple on a blue background", steps=1)
+    assert picture.size == (128, 128)
+
+
+def test_a_stage_without_the_one_before_says_what_is_missing(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        command.main(["base", "--work", str(tmp_path), "--steps", "1", "--device", "cpu"])
+    assert stop.value.code == 2 and "vae" in capsys.readouterr().err
