@@ -231,7 +231,7 @@ def _recolour(glyph: Image.Image, rgb: tuple[int, int, int]) -> Image.Image:
 
 
 @lru_cache(maxsize=4096)
-def _stamp(name: str, colour: str | None, size: int) -> np.ndarray:
+def stamp(name: str, colour: str | None, size: int) -> np.ndarray:
     """The glyph in the middle of a square box: (size, size, 4) uint8."""
     glyph, box = _glyph(name, colour), Image.new("RGBA", (size, size))
     w, h = (round(side * size / max(glyph.size)) for side in glyph.size)
@@ -284,7 +284,7 @@ def render(scene: Scene) -> np.ndarray:
     """Paint the scene: (128, 128, 3) uint8."""
     picture = paint_ground(scene.ground, scene.seed)
     for o in scene.objects:
-        rgb, alpha = np.split(np.float32(_stamp(o.name, o.colour, o.size)), (3,), axis=-1)
+        rgb, alpha = np.split(np.float32(stamp(o.name, o.colour, o.size)), (3,), axis=-1)
         box = picture[o.y:o.y + o.size, o.x:o.x + o.size]
         box += alpha / 255 * (rgb - box)
     return (picture.clip(0, 255) + 0.5).astype(np.uint8)
@@ -294,7 +294,7 @@ def object_masks(scene: Scene) -> np.ndarray:
     """Where each object covers the ground, soft edges included: (number of objects, 128, 128) bool."""
     masks = np.zeros((len(scene.objects), SIDE, SIDE), bool)
     for mask, o in zip(masks, scene.objects):
-        mask[o.y:o.y + o.size, o.x:o.x + o.size] = _stamp(o.name, o.colour, o.size)[..., 3] > 0
+        mask[o.y:o.y + o.size, o.x:o.x + o.size] = stamp(o.name, o.colour, o.size)[..., 3] > 0
     return masks
 
 

@@ -178,7 +178,7 @@ def test_every_glyph_is_in_the_font_and_no_two_look_alike():
 def test_painting_without_the_font_says_what_to_install_in_one_sentence(monkeypatch):
     monkeypatch.setattr(scenes, "FONT_PATHS", ("/nowhere/NotoColorEmoji.ttf",))
     scenes._glyph.cache_clear()
-    scenes._stamp.cache_clear()
+    scenes.stamp.cache_clear()
     with pytest.raises(FileNotFoundError, match="apt-get install fonts-noto-color-emoji") as error:
         render(sample_scene(random.Random(0)))
     assert "\n" not in str(error.value)
