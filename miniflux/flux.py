@@ -133,7 +133,7 @@ def find_parts(folder: Path, transformer: Path | None = None) -> dict[str, Path]
         if found:
             files[part] = found[0] if found[0].parent == folder else found[0].parent
         if part == "transformer" and len(found) > 1 and found[0].parent == folder and transformer is None:
-            raise ValueError(f"{folder} holds the transformers {listing([path.name for path in found])}: choose with transformer=")
+            raise ValueError(f"{folder} has the transformers {listing([path.name for path in found])}: choose with transformer=")
     if transformer is not None:
         files["transformer"] = transformer
     if "transformer" not in files:

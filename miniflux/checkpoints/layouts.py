@@ -139,11 +139,10 @@ def mmdit_config_from_tensors(state: State, source: Path) -> MMDiTConfig:
     if hidden % head_dim or head_dim % 2:
         raise ValueError(f"{source}: {hidden} channels cannot be heads of {head_dim} each, expected an even divisor")
     # Note: how a head is shared among the axes is not in the shapes: as in all official models, 1/8, 7/16, 7/16 of it.
-    side, ratio = 2 * (head_dim * 7 // 32), len(mlp) / hidden
+    side = 2 * (head_dim * 7 // 32)
     return MMDiTConfig(
         in_channels=img_in.shape[-1], out_channels=len(out), vec_in_dim=vec_in.shape[-1], context_in_dim=txt_in.shape[-1],
-        hidden_size=hidden, num_heads=hidden // head_dim,
-        mlp_ratio=ratio if int(hidden * ratio) == len(mlp) else math.nextafter(ratio, math.inf),  # the quotient may round down
+        hidden_size=hidden, num_heads=hidden // head_dim, mlp_ratio=len(mlp) / hidden,
         depth=count(set(state), "double_blocks"), depth_single_blocks=count(set(state), "single_blocks"),
         axes_dim=(head_dim - 2 * side, side, side), guidance_embed="guidance_in.in_layer.weight" in state)
 

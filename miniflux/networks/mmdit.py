@@ -215,7 +215,7 @@ class MMDiT(nn.Module):
     def __init__(self, config: MMDiTConfig = MMDiTConfig()):
         super().__init__()
         self.config = config
-        hidden, heads, mlp_dim = config.hidden_size, config.num_heads, int(config.hidden_size * config.mlp_ratio)
+        hidden, heads, mlp_dim = config.hidden_size, config.num_heads, round(config.hidden_size * config.mlp_ratio)
         self.img_in = nn.Linear(config.in_channels, hidden)
         self.txt_in = nn.Linear(config.context_in_dim, hidden)
         self.time_in = MLPEmbedder(256, hidden)

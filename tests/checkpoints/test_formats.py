@@ -152,7 +152,7 @@ def test_a_header_longer_than_the_format_allows_is_refused_unread(tmp_path):
 def test_two_thousand_damaged_headers_are_refused_or_read_within_the_file(tmp_path):
     """Random changes of bytes, digits and structure: never another exception, never a tensor that is not in the file."""
     rng, path = random.Random(7), tmp_path / "a.safetensors"
-    tensors = {"weight": torch.ones(3, 4), "bias": torch.ones(4, dtype=torch.float16), "ids": torch.arange(5), "none": torch.empty(2, 0)}
+    tensors = {"weight": torch.ones(3, 4), "bias": torch.ones(4).half(), "ids": torch.arange(5), "none": torch.empty(2, 0)}
     save_file(tensors, path, metadata={"format": "pt"})
     whole = path.read_bytes()
     end = 8 + int.from_bytes(whole[:8], "little")
@@ -161,7 +161,8 @@ def test_two_thousand_damaged_headers_are_refused_or_read_within_the_file(tmp_pa
         header = bytearray(whole[8:end])
         for _ in range(rng.randint(1, 3)):
             at, digits = rng.randrange(len(header)), str(rng.randrange(10**rng.randint(1, 25))).encode()
-            new = rng.choice([rng.randbytes(1), b'0123456789-.,:[]{}"eE'[(i := rng.randrange(21)):i + 1], digits, b"null", b"true", b"[]", b""])
+            symbol = bytes([rng.choice(b'0123456789-.,:[]{}"eE')])
+            new = rng.choice([rng.randbytes(1), symbol, digits, b"null", b"true", b"[]", b""])
             header[at:at + rng.randint(0, 2)] = new
         length = len(header) if rng.random() < 0.8 else rng.choice([0, len(header) - 1, len(header) + 1, rng.getrandbits(64)])
         with open(path, "r+b") as file:
@@ -234,7 +235,8 @@ def test_an_index_without_a_map_is_refused(tmp_path, weight_map):
 
 @pytest.mark.parametrize("text, message", [
     ("", "is not valid JSON"), ("{", "is not valid JSON"), ("[" * 100_000, "is not valid JSON"), ("\udcff", "is not valid JSON"),
-    ("[]", "holds a list, expected a JSON object"), ("3", "holds a int"), ("null", "holds a NoneType")], ids=lambda text: text[:9])
+    ("[]", "holds a list, expected a JSON object"), ("3", "holds a int"), ("null", "holds a NoneType"),
+], ids=lambda text: text[:9])
 def test_what_is_no_json_object_is_refused(tmp_path, text, message):
     (tmp_path / "config.json").write_bytes(text.encode("utf-8", "surrogateescape"))
     with pytest.raises(ValueError, match=f"config.json {message}"):

@@ -57,8 +57,9 @@ def no_hub(monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("variables, expected", [
-    ({"HF_HUB_CACHE": "/a/hub", "HF_HOME": "/b"}, "/a/hub"), ({"HF_HOME": "/b"}, "/b/hub"), ({"XDG_CACHE_HOME": "/c"}, "/c/huggingface/hub"),
-    ({"HF_HUB_CACHE": "~/hub"}, "/home/me/hub"), ({}, "/home/me/.cache/huggingface/hub")], ids=str)
+    ({"HF_HUB_CACHE": "/a/hub", "HF_HOME": "/b"}, "/a/hub"), ({"HF_HOME": "/b"}, "/b/hub"),
+    ({"XDG_CACHE_HOME": "/c"}, "/c/huggingface/hub"), ({"HF_HUB_CACHE": "~/hub"}, "/home/me/hub"),
+    ({}, "/home/me/.cache/huggingface/hub")], ids=str)
 def test_the_cache_lies_where_the_hub_puts_it(monkeypatch, variables, expected):
     """Oracle: the documentation of huggingface_hub's environment variables."""
     for name in ("HF_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME"):
@@ -175,8 +176,9 @@ REPOSITORY = {
     "model_index.json": True, "scheduler/scheduler_config.json": True, "transformer/config.json": True,
     "transformer/diffusion_pytorch_model.safetensors.index.json": True, **{f"transformer/{shard}": True for shard in SHARDS},
     "vae/config.json": True, "vae/diffusion_pytorch_model.safetensors": True, "text_encoder/config.json": True,
-    "text_encoder/model.safetensors": True, "text_encoder_2/config.json": True, "text_encoder_2/model-00001-of-00002.safetensors": True,
-    "text_encoder_2/model.safetensors.index.json": True, "tokenizer/vocab.json": True, "tokenizer/merges.txt": True,
+    "text_encoder/model.safetensors": True, "text_encoder_2/config.json": True,
+    "text_encoder_2/model-00001-of-00002.safetensors": True, "text_encoder_2/model.safetensors.index.json": True,
+    "tokenizer/vocab.json": True, "tokenizer/merges.txt": True,
     "tokenizer/tokenizer_config.json": True, "tokenizer_2/spiece.model": True, "tokenizer_2/tokenizer.json": True,
     "tokenizer_2/tokenizer_config.json": True, "flux1-dev.safetensors": False, "ae.safetensors": False, "README.md": False,
     "dev_grid.jpg": False, ".gitattributes": False, "LICENSE.md": False,

@@ -33,6 +33,7 @@ from miniflux.networks.mmdit import MMDiT, MMDiTConfig
 from miniflux.networks.t5 import T5, T5Config
 
 REFERENCE = Path(__file__).parents[3] / "shared" / "reference"               # official configs and index files
+LOADERS = {"transformer": load_mmdit, "vae": load_autoencoder, "text_encoder": load_clip, "text_encoder_2": load_t5}
 needs_reference = pytest.mark.skipif(not REFERENCE.is_dir(), reason="the official configs are not here")
 
 
@@ -114,7 +115,7 @@ def test_a_size_that_is_no_size_is_refused(read, key, value):
     (mmdit_config, {"axes_dims_rope": [16, 56.0, 56]}, r"expected a short list of sizes"),
     (mmdit_config, {"axes_dims_rope": 128}, r"expected a short list of sizes"),
     (mmdit_config, {"axes_dims_rope": [-16, 88, 56]}, r"expected a short list of sizes"),
-    (mmdit_config, {"_class_name": "SD3Transformer2DModel"}, "describes a 'SD3Transformer2DModel', expected a FluxTransformer2DModel"),
+    (mmdit_config, {"_class_name": "SD3Transformer2DModel"}, "describes a 'SD3Transformer2DModel', expected a FluxTransformer2D"),
     (autoencoder_config, {"_class_name": "AutoencoderTiny"}, "describes a 'AutoencoderTiny', expected a AutoencoderKL"),
     (autoencoder_config, {"block_out_channels": []}, "block_out_channels is"),
     (autoencoder_config, {"block_out_channels": 128}, "block_out_channels is 128"),
@@ -157,7 +158,7 @@ def test_a_transformer_in_any_layout_is_the_same(tmp_path, guidance, in_channels
     model.save_pretrained(tmp_path / "one")
     model.save_pretrained(tmp_path / "shards", max_shard_size="300KB")
     assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 3
-    strangers = {"vae.decoder.conv_in.weight": torch.ones(3), "model.other": torch.ones(1), "text_encoders.clip_l.x": torch.ones(2)}
+    strangers = {name: torch.ones(3) for name in ("vae.decoder.conv_in.weight", "model.other", "text_encoders.clip_l.x")}
     prefixed = {"model.diffusion_model." + name: tensor for name, tensor in expected.items()}
     for path in (tmp_path / "one", tmp_path / "shards", save(tmp_path / "diffusers.safetensors", model.state_dict()),
                  save(tmp_path / "original.safetensors", expected), save(tmp_path / "comfy.safetensors", prefixed | strangers)):
@@ -174,7 +175,8 @@ def test_a_transformer_from_diffusers_names_with_the_prefix_is_the_same(tmp_path
 
 
 @pytest.mark.parametrize("config", [
-    MMDiTConfig(in_channels=12, out_channels=8, vec_in_dim=5, context_in_dim=7, hidden_size=128, num_heads=1, depth=1, depth_single_blocks=1),
+    MMDiTConfig(in_channels=12, out_channels=8, vec_in_dim=5, context_in_dim=7, hidden_size=128, num_heads=1, depth=1,
+                depth_single_blocks=1),
     MMDiTConfig(hidden_size=128, num_heads=2, axes_dim=(8, 28, 28), depth=2, depth_single_blocks=1, guidance_embed=False),
     MMDiTConfig(hidden_size=48, num_heads=3, axes_dim=(4, 6, 6), depth=1, depth_single_blocks=12, vec_in_dim=9, mlp_ratio=2.5),
     MMDiTConfig(hidden_size=56, num_heads=4, axes_dim=(2, 6, 6), depth=11, depth_single_blocks=0, mlp_ratio=488 / 56),
@@ -200,13 +202,12 @@ def test_every_mlp_width_is_found_again(tmp_path):
 def test_tensors_are_converted_to_the_wanted_type(tmp_path, dtype):
     state = mmdit_from_diffusers(transformer().state_dict())
     stored = {name: tensor.to(torch.float8_e4m3fn if tensor.ndim == 2 else torch.bfloat16) for name, tensor in state.items()}
-    path = save(tmp_path / "a.safetensors", state)
-    assert holds(load_mmdit(path, "cpu", dtype), state, dtype)
-    assert holds(load_mmdit(save(tmp_path / "fp8.safetensors", stored), "cpu", dtype), {k: v.to(dtype) for k, v in stored.items()}, dtype)
+    for path, tensors in ((tmp_path / "a.safetensors", state), (tmp_path / "fp8.safetensors", stored)):
+        assert holds(load_mmdit(save(path, tensors), "cpu", dtype), tensors, dtype)
 
 
 def test_networks_come_to_the_wanted_device_ready_to_use(folder):
-    for load, name in ((load_mmdit, "transformer"), (load_autoencoder, "vae"), (load_clip, "text_encoder"), (load_t5, "text_encoder_2")):
+    for name, load in LOADERS.items():
         network = load(folder / name, "meta", torch.bfloat16)
         assert not network.training
         assert all((p.device.type, p.dtype, p.requires_grad) == ("meta", torch.bfloat16, False) for p in network.parameters())
@@ -249,15 +250,21 @@ def test_an_autoencoder_in_any_layout_is_the_same(tmp_path):
 
 def test_an_autoencoder_with_other_groups_needs_its_config(folder):
     """The number of groups is not in the tensors, and a guess would paint wrong pictures."""
-    assert load_autoencoder(folder / "vae").config == AutoencoderConfig(ch=8, ch_mult=(1, 2, 3, 3), num_res_blocks=1, num_groups=4)
+    config = load_autoencoder(folder / "vae").config
+    assert config == AutoencoderConfig(ch=8, ch_mult=(1, 2, 3, 3), num_res_blocks=1, num_groups=4)
     path = save(folder / "ae.safetensors", autoencoder_from_diffusers(vae().state_dict()))
-    with pytest.raises(ValueError, match=r"has the widths \[8, 16, 24, 24\], expected multiples .* of 32.* vae/ with a config.json"):
+    with pytest.raises(ValueError, match=r"widths \[8, 16, 24, 24\], expected multiples .* of 32.* vae/ with a config.json"):
         load_autoencoder(path)
 
 
 def test_groups_that_do_not_divide_the_widths_are_refused(folder):
     with pytest.raises(ValueError, match="vae: there is no Autoencoder of these sizes: .*divisible"):
         load_autoencoder(change(folder / "vae", norm_num_groups=5))
+
+
+# What published CLIP files hold besides the text tower.
+CLIP_EXTRAS = {"logit_scale": torch.tensor(1.0), "text_projection.weight": torch.ones(24, 24),
+               "text_model.embeddings.position_ids": torch.arange(77)[None]}
 
 
 def test_clip_in_any_layout_is_the_same(folder):
@@ -267,21 +274,21 @@ def test_clip_in_any_layout_is_the_same(folder):
     assert load_clip(folder / "text_encoder").config.num_attention_heads == 4
     bare = save(folder / "text_encoder" / "model.safetensors", {k.removeprefix("text_model."): v for k, v in expected.items()})
     assert holds(load_clip(bare.parent), expected)
-    extra = {"logit_scale": torch.tensor(1.0), "text_projection.weight": torch.ones(24, 24), "visual_projection.weight": torch.ones(24, 9),
-             "text_model.embeddings.position_ids": torch.arange(77)[None], "vision_model.encoder.layers.7.mlp.fc1.weight": torch.ones(3),
-             "vision_model.embeddings.position_ids": torch.arange(5)}
-    whole = save(folder / "whole" / "model.safetensors", expected | extra).parent
+    vision = {"visual_projection.weight": torch.ones(24, 9), "vision_model.encoder.layers.7.mlp.fc1.weight": torch.ones(3),
+              "vision_model.embeddings.position_ids": torch.arange(5)}
+    whole = save(folder / "whole" / "model.safetensors", expected | CLIP_EXTRAS | vision).parent
     config = json.loads((folder / "text_encoder" / "config.json").read_text())
-    (whole / "config.json").write_text(json.dumps({"architectures": ["CLIPModel"], "hidden_size": 99, "text_config": config, "vision_config": {"hidden_size": 9}}))
+    (whole / "config.json").write_text(json.dumps({"architectures": ["CLIPModel"], "hidden_size": 99, "text_config": config,
+                                                   "vision_config": {"hidden_size": 9}}))
     assert holds(load_clip(whole), expected)
 
 
 def test_a_loose_clip_has_heads_of_64_channels(folder):
     expected = clip_state(clip(hidden=128))
-    extra = {"logit_scale": torch.tensor(1.0), "text_projection.weight": torch.ones(24, 24), "text_model.embeddings.position_ids": torch.arange(77)[None]}
-    network = load_clip(save(folder / "clip_l.safetensors", expected | extra))
+    network = load_clip(save(folder / "clip_l.safetensors", expected | CLIP_EXTRAS))
     assert holds(network, expected)
-    assert network.config == CLIPConfig(hidden_size=128, intermediate_size=257, num_hidden_layers=3, num_attention_heads=2, vocab_size=600)
+    assert network.config == CLIPConfig(hidden_size=128, intermediate_size=257, num_hidden_layers=3, num_attention_heads=2,
+                                        vocab_size=600)
     with pytest.raises(ValueError, match="is 24 wide, expected a multiple of 64"):
         load_clip(save(folder / "clip_s.safetensors", clip_state(clip())))
 
@@ -296,7 +303,8 @@ def test_t5_in_any_layout_is_the_same(folder):
     half = {name: tensor.half() for name, tensor in expected.items()}
     second = {"encoder.embed_tokens.weight": half["shared.weight"]}
     rest = {name: tensor for name, tensor in half.items() if name != "shared.weight"}
-    for state in (half, half | second, rest | second, half | {"decoder.block.0.layer.0.SelfAttention.q.weight": torch.ones(2), "lm_head.weight": torch.ones(3)}):
+    decoder = {"decoder.block.0.layer.0.SelfAttention.q.weight": torch.ones(2), "lm_head.weight": torch.ones(3)}
+    for state in (half, half | second, rest | second, half | decoder):
         assert holds(load_t5(save(path, state), "cpu", torch.float32), half)
     assert load_t5(path).config == T5Config(d_model=32, d_kv=12, d_ff=50, num_layers=3, num_heads=4, vocab_size=300)
 
@@ -307,15 +315,16 @@ def test_t5_in_any_layout_is_the_same(folder):
 def test_missing_and_unexpected_tensors_are_listed(tmp_path):
     state = mmdit_from_diffusers(transformer().state_dict())
     lacking = {name: tensor for name, tensor in state.items() if not name.startswith("single_blocks.1")}
-    with pytest.raises(ValueError, match=r"a.safetensors is not a MMDiT of these sizes: missing (single_blocks\.1\.\S+, ){4}\S+ and 3 more; unexpected extra.weight$"):
+    with pytest.raises(ValueError, match=r"a.safetensors is not a MMDiT of these sizes: "
+                                         r"missing (single_blocks\.1\.\S+, ){4}\S+ and 3 more; unexpected extra.weight$"):
         load_mmdit(save(tmp_path / "a.safetensors", lacking | {"extra.weight": torch.ones(1)}))
 
 
 def test_a_tensor_of_another_shape_is_named(folder):
-    for path, tensor, expected in ((folder / "a.safetensors", "txt_in.bias", r"\[48\]"), (folder / "b.safetensors", "double_blocks.1.img_mlp.2.weight", r"\[48, 192\]")):
+    for tensor, expected in (("txt_in.bias", r"\[48\]"), ("double_blocks.1.img_mlp.2.weight", r"\[48, 192\]")):
         state = mmdit_from_diffusers(transformer().state_dict()) | {tensor: torch.ones(47)}
-        with pytest.raises(ValueError, match=rf"{path.name}: {tensor} has the shape \[47\], expected {expected}"):
-            load_mmdit(save(path, state))
+        with pytest.raises(ValueError, match=rf"a.safetensors: {tensor} has the shape \[47\], expected {expected}"):
+            load_mmdit(save(folder / "a.safetensors", state))
 
 
 def test_a_config_of_another_depth_or_width_is_refused(folder):
@@ -332,25 +341,30 @@ def test_whole_numbers_are_no_weights(tmp_path):
 
 
 @pytest.mark.parametrize("load, message", [
-    (load_mmdit, "is not a FLUX transformer: it lacks img_in.weight, txt_in.weight,"), (load_autoencoder, "is not a FLUX autoencoder: it lacks encoder.conv_in"),
-    (load_clip, "holds no CLIP text tower: it lacks text_model.embeddings"), (load_t5, r"is not a gated T5 encoder \(v1.1\): it lacks shared.weight")])
-@pytest.mark.parametrize("state", [{}, {"a": torch.ones(3)}, {"img_in.weight": torch.tensor(1.0)}, {"encoder.down.0.block.0.conv1.weight": torch.ones(2)}],
-                         ids=["nothing", "a stranger", "a scalar", "a vector"])
+    (load_mmdit, "is not a FLUX transformer: it lacks img_in.weight, txt_in.weight,"),
+    (load_autoencoder, "is not a FLUX autoencoder: it lacks encoder.conv_in"),
+    (load_clip, "holds no CLIP text tower: it lacks text_model.embeddings"),
+    (load_t5, r"is not a gated T5 encoder \(v1.1\): it lacks shared.weight")])
+@pytest.mark.parametrize("state", [
+    {}, {"a": torch.ones(3)}, {"img_in.weight": torch.tensor(1.0)}, {"encoder.down.0.block.0.conv1.weight": torch.ones(2)},
+], ids=["nothing", "a stranger", "a scalar", "a vector"])
 def test_a_file_of_another_model_is_refused(tmp_path, load, message, state):
     with pytest.raises(ValueError, match=f"a.safetensors {message}"):
         load(save(tmp_path / "a.safetensors", state))
 
 
-@pytest.mark.parametrize("scale", [torch.ones(0), torch.ones(5), torch.ones(100), torch.ones(3), torch.tensor(1.0)], ids=lambda t: f"{list(t.shape)}")
-def test_heads_that_do_not_divide_the_width_are_refused(tmp_path, scale):
-    state = mmdit_from_diffusers(transformer().state_dict()) | {"double_blocks.0.img_attn.norm.query_norm.scale": scale}
+@pytest.mark.parametrize("shape", [(), (0,), (3,), (5,), (100,)], ids=str)
+def test_heads_that_do_not_divide_the_width_are_refused(tmp_path, shape):
+    state = mmdit_from_diffusers(transformer().state_dict())
+    state["double_blocks.0.img_attn.norm.query_norm.scale"] = torch.ones(shape)
     with pytest.raises(ValueError, match="a.safetensors(: 48 channels cannot be heads| is not a FLUX transformer)"):
         load_mmdit(save(tmp_path / "a.safetensors", state))
 
 
 def test_a_t5_that_is_not_gated_or_has_no_heads_is_refused(tmp_path):
     state = t5_state(t5())
-    bias, gate = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight", "encoder.block.0.layer.1.DenseReluDense.wi_0.weight"
+    bias = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+    gate = "encoder.block.0.layer.1.DenseReluDense.wi_0.weight"
     with pytest.raises(ValueError, match=f"it lacks {gate}"):
         load_t5(save(tmp_path / "a.safetensors", {name: tensor for name, tensor in state.items() if name != gate}))
     for shape in ((32, 0), (0, 4), (32, 5), (2, 4), (1000, 4)):
@@ -359,7 +373,7 @@ def test_a_t5_that_is_not_gated_or_has_no_heads_is_refused(tmp_path):
 
 
 def test_folders_of_one_part_given_for_another_are_refused(folder):
-    for load, name in ((load_mmdit, "vae"), (load_autoencoder, "transformer"), (load_clip, "text_encoder_2"), (load_t5, "text_encoder")):
+    for name, load in zip(LOADERS, reversed(LOADERS.values())):
         with pytest.raises(ValueError, match=f"{name}/config.json describes a '.*', expected a "):
             load(folder / name)
 
@@ -370,5 +384,5 @@ def test_weights_in_a_pickle_are_refused(folder):
             path.unlink()
         torch.save({}, folder / name / f"{stem}.bin")
     for load, name in ((load_mmdit, "transformer"), (load_t5, "text_encoder_2")):
-        with pytest.raises(ValueError, match="model.bin is a pickle, which can run any code when it is opened: convert it to safetensors"):
+        with pytest.raises(ValueError, match="model.bin is a pickle, which can run any code .*: convert it to safetensors"):
             load(folder / name)

@@ -87,7 +87,8 @@ def test_t5_has_the_names_of_the_official_index():
 @pytest.mark.parametrize("config", [MMDiTConfig(), SCHNELL, MMDiTConfig(in_channels=384)], ids=["dev", "schnell", "fill"])
 def test_the_transformers_map_to_diffusers_and_back(config):
     """Oracle: diffusers' own model of that size, names and shapes."""
-    theirs = on_meta(FluxTransformer2DModel, in_channels=config.in_channels, out_channels=64, guidance_embeds=config.guidance_embed)
+    theirs = on_meta(FluxTransformer2DModel, in_channels=config.in_channels, out_channels=64,
+                     guidance_embeds=config.guidance_embed)
     ours = shapes(on_meta(MMDiT, config).state_dict())
     mapped = mmdit_to_diffusers(on_meta(MMDiT, config).state_dict())
     assert shapes(mapped) == shapes(theirs.state_dict())
@@ -165,8 +166,8 @@ def test_the_source_is_emptied_as_it_is_converted(theirs, convert, monkeypatch):
 
 def test_strange_names_are_passed_on_for_the_loader_to_report():
     state = transformer().state_dict()
-    kept = {"transformer_blocks.0.attn.to_q.lora.weight", "transformer_blocks.0.attn.to_k.weight", "transformer_blocks.x.norm.weight",
-            "transformer_blocks.0.attn.to_v.weight"}
+    kept = {"transformer_blocks.0.attn.to_q.lora.weight", "transformer_blocks.x.norm.weight",
+            "transformer_blocks.0.attn.to_k.weight", "transformer_blocks.0.attn.to_v.weight"}
     del state["transformer_blocks.0.attn.to_q.weight"]
     state |= {name: torch.ones(1) for name in kept if name not in state}
     mapped = mmdit_from_diffusers(state)
