@@ -29,7 +29,7 @@ def test_the_readmes_picture_is_the_one_that_is_painted(flux):
 def test_it_is_a_red_apple_on_blue(flux):
     """The judge knows the native glyph, which is a red apple."""
     verdict, = judge(np.stack([np.asarray(picture) for picture in generate(flux, PROMPT)]))
-    assert (verdict.nearest, verdict.ground) == ("apple", "blue")
+    assert (verdict.object, verdict.ground) == ("apple", "blue")
 
 
 @pytest.mark.parametrize("prompt, keywords, theirs", [
