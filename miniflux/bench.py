@@ -67,6 +67,17 @@ def median(f: Callable[[], object], runs: int = 7) -> float:
     return statistics.median(times)
 
 
+def medians(ours: Callable[[], object], theirs: Callable[[], object], runs: int = 15) -> tuple[float, float]:
+    """Median seconds of both, run in turn, so that whatever slows the machine down slows both."""
+    times: list[list[float]] = [[], []]
+    for _ in range(runs + 1):
+        for f, seen in zip((ours, theirs), times):
+            began = time.perf_counter()
+            f()
+            seen.append(time.perf_counter() - began)
+    return statistics.median(times[0][1:]), statistics.median(times[1][1:])
+
+
 def table(title: str, rows: list[tuple[str, float, float]], unit: str) -> None:
     """Rows (what, ours, the peer's) with their ratio."""
     print(f"\n{title:36} {'miniflux':>12} {'diffusers':>12} {'ratio':>8}")
@@ -90,18 +101,18 @@ def bench_picture(source: str) -> None:
 
     difference = float((ours() - theirs()).abs().max())
     assert difference < 2e-3, f"the pictures differ by {difference}"
-    (a, b), (c, d) = [(median(f), median(lambda: f(1))) for f in (ours, theirs)]
+    (a, c), (b, d) = medians(ours, theirs), medians(lambda: ours(1), lambda: theirs(1))
     table(f"one picture, {STEPS} steps", [("whole picture", 1e3 * a, 1e3 * c), ("a step", 1e3 * (a - b) / (STEPS - 1), 1e3 * (c - d) / (STEPS - 1))], "ms")
     print(f"largest difference of the two pictures {difference:.1e}")
 
 
 def bench_cold(source: str) -> None:
     with tempfile.TemporaryDirectory() as scratch:
-        def run(*command: str) -> float:
-            return median(lambda: subprocess.run([sys.executable, *command], check=True, cwd=scratch, capture_output=True), 3)
+        def command(*arguments: str) -> Callable[[], object]:
+            return lambda: subprocess.run([sys.executable, *arguments], check=True, cwd=scratch, capture_output=True)
 
-        ours = run("-m", "miniflux.generate", PROMPT, "--model", source)
-        theirs = run("-c", COLD_PEER, str(find_source(source)), "peer.png", PROMPT)
+        ours, theirs = medians(command("-m", "miniflux.generate", PROMPT, "--model", source),
+                               command("-c", COLD_PEER, str(find_source(source)), "peer.png", PROMPT), runs=3)
     table("cold start", [("command to file", ours, theirs)], "s")
 
 

@@ -12,6 +12,7 @@ file. Nothing is ever unpickled.
 import json
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 MAX_HEADER = 100_000_000
-SPAN = 2**26                       # bytes mapped at once, at least
+SPAN = 16 << 20            # bytes that one mapping covers at least
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
@@ -89,22 +90,24 @@ def without_duplicates(pairs: list[tuple[str, object]]) -> dict:
     return result
 
 
-def read_safetensors(path: str | os.PathLike) -> dict[str, Tensor]:
-    """All tensors of a file, mapped from disk (a change in memory is not written back).
+def read_safetensors(path: str | os.PathLike, apart: Callable[[str], bool] = lambda name: False) -> dict[str, Tensor]:
+    """All tensors of a file, in the order of the data, mapped from disk (a change in memory is not written back).
 
+    Those whose name is `apart` share no mapping with others, so that their memory goes back when the last of them is dropped.
     Raises FileNotFoundError, or ValueError for a file that is truncated, corrupt or of another format."""
     path = Path(path)
     if path.suffix in PICKLES:
         raise unsafe(path)
     entries, start = read_header(path)
-    size = path.stat().st_size
+    size, tensors = path.stat().st_size, {}
     # Note: a mapping keeps its file open, and a process may have as few as 256 open files: neighbours share a mapping.
-    span, origin, piece, tensors = max(SPAN, size // 32), 0, np.empty(0, np.uint8), {}
+    pieces = {True: (0, np.empty(0, np.uint8)), False: (0, np.empty(0, np.uint8))}
     for name, (begin, end, dtype, shape) in entries.items():
-        if end > origin + len(piece):
-            origin = begin
-            length = min(max(span, end - begin), size - start - begin)
-            piece = np.memmap(path, np.uint8, mode="c", offset=start + begin, shape=length)
+        kind = apart(name)
+        if end > pieces[kind][0] + len(pieces[kind][1]):
+            length = min(max(SPAN, size // 40, end - begin), size - start - begin)
+            pieces[kind] = begin, np.memmap(path, np.uint8, mode="c", offset=start + begin, shape=length)
+        origin, piece = pieces[kind]
         tensors[name] = view(piece[begin - origin:end - origin], dtype, shape)
     return tensors
 
@@ -120,13 +123,13 @@ def unsafe(path: Path) -> ValueError:
     return ValueError(f"{path} is a pickle, which can run any code when it is opened: convert it to safetensors")
 
 
-def read_sharded(folder: Path, stem: str) -> dict[str, Tensor]:
+def read_sharded(folder: Path, stem: str, apart: Callable[[str], bool] = lambda name: False) -> dict[str, Tensor]:
     """`folder/stem.safetensors`, or all shards that `folder/stem.safetensors.index.json` names."""
     single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
     if not index.exists():
         if not single.exists() and (pickles := sorted(path for path in folder.glob("*") if path.suffix in PICKLES)):
             raise unsafe(pickles[0])
-        return read_safetensors(single)
+        return read_safetensors(single, apart)
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
         raise ValueError(f"{index} has no weight_map from tensor names to files")
@@ -136,7 +139,7 @@ def read_sharded(folder: Path, stem: str) -> dict[str, Tensor]:
             raise ValueError(f"{index} names the file {shard!r:.80}: expected a safetensors file within its own folder")
         if not (folder / shard).is_file():
             raise FileNotFoundError(f"{folder / shard} does not exist, though {index.name} names it: finish the download")
-        tensors |= read_safetensors(folder / shard)
+        tensors |= read_safetensors(folder / shard, apart)
     if missing := sorted(set(weight_map) - set(tensors)):
         raise ValueError(f"the shards of {index} lack {listing(missing)}")
     return tensors

@@ -15,13 +15,20 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from ..networks.autoencoder import Autoencoder, AutoencoderConfig
 from ..networks.clip import CLIPConfig, CLIPText
 from ..networks.mmdit import MMDiT, MMDiTConfig
 from ..networks.t5 import T5, T5Config
 from .formats import listing, read_json, read_safetensors, read_sharded
-from .names import autoencoder_from_diffusers, autoencoder_levels, count, mmdit_from_diffusers
+from .names import (
+    autoencoder_from_diffusers,
+    autoencoder_levels,
+    count,
+    is_joined,
+    mmdit_from_diffusers,
+)
 
 Network = TypeVar("Network", bound=nn.Module)
 State = dict[str, Tensor]
@@ -29,11 +36,21 @@ State = dict[str, Tensor]
 COMFYUI_PREFIX = "model.diffusion_model."
 
 
+class WithoutInitialisation(TorchFunctionMode):
+    """Leaves out `torch.nn.init`: what it would write is replaced anyway, and on the meta device it imports a compiler (1 s)."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if getattr(function, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return function(*args, **kwargs)
+
+
 def build(kind: type[Network], config, state: State, source: Path, device: torch.device | str,
           dtype: torch.dtype | None) -> Network:
     """kind(config) with the tensors of `state`, each converted and moved on its own (empties `state`)."""
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), WithoutInitialisation():
             network = kind(config)
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"{source}: there is no {kind.__name__} of these sizes: {str(error).splitlines()[0]}") from None
@@ -50,9 +67,17 @@ def build(kind: type[Network], config, state: State, source: Path, device: torch
             raise ValueError(f"{source}: {name} holds {state[name].dtype}, expected floating-point numbers")
     for name in expected:
         module, _, attribute = name.rpartition(".")
-        tensor = state.pop(name).to(device=device, dtype=dtype)
+        tensor = place(state.pop(name), torch.device(device), dtype)
         setattr(network.get_submodule(module), attribute, nn.Parameter(tensor, requires_grad=False))
     return network.eval()
+
+
+def place(tensor: Tensor, device: torch.device, dtype: torch.dtype | None) -> Tensor:
+    """The tensor on its device, in its dtype; mapped from the file still, if both are as they were."""
+    if device.type == "cpu" and dtype == torch.float32 != tensor.dtype and tensor.ndim == 2:
+        # Note: a matrix that must be copied anyway is stored by columns: so the CPU multiplies few rows faster.
+        return torch.empty(tensor.shape[::-1], dtype=dtype).copy_(tensor.t()).t()
+    return tensor.to(device=device, dtype=dtype)
 
 
 def pick(kind: type, values: dict, names: dict[str, str], source: Path):
@@ -99,9 +124,9 @@ def load_mmdit(path: Path, device="cpu", dtype=None) -> MMDiT:
     ComfyUI prefix)."""
     if path.is_dir():
         config = mmdit_config(read_json(path / "config.json"), path / "config.json")
-        state = mmdit_from_diffusers(read_sharded(path, "diffusion_pytorch_model"))
+        state = mmdit_from_diffusers(read_sharded(path, "diffusion_pytorch_model", is_joined))
         return build(MMDiT, config, state, path, device, dtype)
-    state = read_safetensors(path)
+    state = read_safetensors(path, is_joined)
     if any(name.startswith(COMFYUI_PREFIX) for name in state):
         state = {k.removeprefix(COMFYUI_PREFIX): v for k, v in state.items() if k.startswith(COMFYUI_PREFIX)}
     if "x_embedder.weight" in state:

@@ -65,6 +65,7 @@ RESNET_BLOCK = {
 }
 
 Table = dict[str, list[str]]
+JOINED = {part.split(".")[-1] for table in (DOUBLE_BLOCK, SINGLE_BLOCK) for parts in table.values() if len(parts) > 1 for part in parts}
 
 
 def prefixed(table: Table, original: str, diffusers: str) -> Table:
@@ -127,14 +128,20 @@ def from_diffusers(state: dict[str, Tensor], modules: Table) -> dict[str, Tensor
     """Renames and joins a diffusers state dict, taking tensors *out of it* as it goes so that no second copy stays alive.
     Names that no row knows, and those that lack a sibling of their kind, are passed on unchanged for the strict loader
     to report."""
-    result = {}
-    for original, sources in list(tensor_names(modules, set(state))):
+    result, place = {}, {name: i for i, name in enumerate(state)}
+    # Note: in the order of the file, so that what has been joined can leave memory piece by piece.
+    for original, sources in sorted(tensor_names(modules, set(state)), key=lambda row: place.get(row[1][0], -1)):
         parts = [state[source] for source in sources if source in state and state[source].ndim]
         # Note: torch joins float32 and bfloat16, but not one-byte types with others.
         if len(parts) == len(sources) and len({(part.shape[1:], part.dtype.itemsize == 1) for part in parts}) == 1:
             parts = [state.pop(source) for source in sources]
             result[original] = torch.cat(parts) if len(parts) > 1 else parts[0]
     return result | state
+
+
+def is_joined(name: str) -> bool:
+    """Whether this diffusers tensor becomes a part of one of ours."""
+    return not JOINED.isdisjoint(name.split("."))
 
 
 def mmdit_from_diffusers(state: dict[str, Tensor]) -> dict[str, Tensor]:

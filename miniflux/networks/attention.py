@@ -6,7 +6,8 @@ R rotates each neighbouring pair of the D channels by an angle proportional to t
 of two tokens depends on the *difference* of their positions only (RoPE, Su et al. 2021, arXiv:2104.09864). FLUX gives
 each token three positions (reference index, row, column) and each of them its own share of the channels.
 
-Shapes: q, k, v (B, H, S, D) with S = L text tokens followed by N image tokens; the result is (B, S, H·D).
+Shapes: q, k, v (B, H, S, D) with S = L text tokens followed by N image tokens; the result is (B, S, H·D). Queries and keys are
+treated alike up to the product, so they travel as one tensor qk (2, B, H, S, D).
 Reference: `src/flux/math.py` of the original FLUX.1 repository.
 """
 
@@ -67,7 +68,9 @@ def attention_backend(name: str):
         _backend = previous
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, pe: Tensor) -> Tensor:
-    """RoPE on q and k, then attention over all S tokens without a mask; q, k, v (B, H, S, D) -> (B, S, H·D)."""
-    x = BACKENDS[_backend](apply_rope(q, pe), apply_rope(k, pe), v)             # (B, H, S, D)
+def attention(qk: Tensor, v: Tensor, pe: Tensor) -> Tensor:
+    """RoPE on queries and keys (2, B, H, S, D), then attention over all S tokens without a mask; v (B, H, S, D)
+    -> (B, S, H·D)."""
+    q, k = apply_rope(qk, pe)                                                   # each (B, H, S, D)
+    x = BACKENDS[_backend](q, k, v)                                             # (B, H, S, D)
     return x.transpose(1, 2).flatten(2)                                         # (B, S, H·D)

@@ -59,9 +59,10 @@ def timestep_embedding(t: Tensor, dim: int = 256, max_period: float = 10000.0) -
     return torch.cat([angle.cos(), angle.sin()], dim=-1).to(t.dtype)            # (B, dim)
 
 
-def split_heads(qkv: Tensor, num_heads: int) -> Tensor:
-    """Pattern "B S (3 H D) -> 3 B H S D": the rows of a fused projection are q, then k, then v."""
-    return qkv.unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4)         # (3, B, H, S, D)
+def split_heads(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
+    """Pattern "B S (3 H D) -> 3 B H S D", q and k apart from v: the rows of a fused projection are q, then k, then v."""
+    qk, v = qkv.unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4).split([2, 1])
+    return qk, v[0]                                                             # (2, B, H, S, D), (B, H, S, D)
 
 
 def layer_norm(x: Tensor) -> Tensor:
@@ -92,26 +93,25 @@ class MLPEmbedder(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) · scale over the last axis, the statistics in float32."""
+    """Holds the learnt scale of x / rms(x) · scale; `QKNorm` computes it for queries and keys at once."""
 
     def __init__(self, dim: int):
         super().__init__()
         self.scale = nn.Parameter(torch.ones(dim))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, x.shape[-1:], self.scale.to(x.dtype), eps=1e-6)
-
 
 class QKNorm(nn.Module):
-    """RMSNorm of queries and keys, head by head: keeps the attention scores in range."""
+    """RMSNorm of queries and keys (2, B, H, S, D), head by head: keeps the attention scores in range."""
 
     def __init__(self, head_dim: int):
         super().__init__()
         self.query_norm = RMSNorm(head_dim)
         self.key_norm = RMSNorm(head_dim)
 
-    def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        return self.query_norm(q), self.key_norm(k)
+    def forward(self, qk: Tensor) -> Tensor:
+        scale = torch.stack([self.query_norm.scale, self.key_norm.scale])[:, None, None, None]  # (2, 1, 1, 1, D)
+        # Note: statistics in float32, then rounded to the dtype of qk before the product with the scale.
+        return F.rms_norm(qk, qk.shape[-1:], eps=1e-6) * scale.to(qk.dtype)
 
 
 class SelfAttention(nn.Module):
@@ -124,9 +124,9 @@ class SelfAttention(nn.Module):
         self.norm = QKNorm(hidden_size // num_heads)
         self.proj = nn.Linear(hidden_size, hidden_size)
 
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = split_heads(self.qkv(x), self.num_heads)                      # each (B, H, S, D)
-        return *self.norm(q, k), v
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        qk, v = split_heads(self.qkv(x), self.num_heads)                        # (2, B, H, S, D), (B, H, S, D)
+        return self.norm(qk), v
 
 
 class Modulation(nn.Module):
@@ -164,8 +164,8 @@ class DoubleBlock(nn.Module):
         img_qkv = self.img_attn.project(modulate(img, img_shift1, img_scale1))
         txt_qkv = self.txt_attn.project(modulate(txt, txt_shift1, txt_scale1))
         # Note: text tokens come before image tokens.
-        q, k, v = (torch.cat(pair, dim=2) for pair in zip(txt_qkv, img_qkv))    # each (B, H, L+N, D)
-        txt_attn, img_attn = attention(q, k, v, pe).split([txt.shape[1], img.shape[1]], dim=1)
+        qk, v = (torch.cat(pair, dim=-2) for pair in zip(txt_qkv, img_qkv))     # (2, B, H, L+N, D), (B, H, L+N, D)
+        txt_attn, img_attn = attention(qk, v, pe).split([txt.shape[1], img.shape[1]], dim=1)
 
         img = torch.addcmul(img, img_gate1, self.img_attn.proj(img_attn))       # (B, N, hidden)
         img = torch.addcmul(img, img_gate2, self.img_mlp(modulate(img, img_shift2, img_scale2)))
@@ -189,8 +189,8 @@ class SingleBlock(nn.Module):
         shift, scale, gate = self.modulation(vec)
         sizes = 3 * x.shape[-1], self.linear2.in_features - x.shape[-1]
         qkv, mlp_in = self.linear1(modulate(x, shift, scale)).split(sizes, dim=-1)
-        q, k, v = split_heads(qkv, self.num_heads)                              # each (B, H, L+N, D)
-        attn = attention(*self.norm(q, k), v, pe)                               # (B, L+N, hidden)
+        qk, v = split_heads(qkv, self.num_heads)                                # (2, B, H, L+N, D), (B, H, L+N, D)
+        attn = attention(self.norm(qk), v, pe)                                  # (B, L+N, hidden)
         y = self.linear2(torch.cat([attn, F.gelu(mlp_in, approximate="tanh")], dim=-1))
         return clamp_fp16(torch.addcmul(x, gate, y))                            # (B, L+N, hidden)
 

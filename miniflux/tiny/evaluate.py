@@ -36,7 +36,17 @@ from ..flux import Flux, load
 from ..generate import generate
 from ..images import check_number, check_output, save
 from ..settings import finish
-from .scenes import OBJECTS, PLAIN, SIDE, stamp, contact_sheet, held_out_prompts, is_held_out, render, sample_scene
+from .scenes import (
+    OBJECTS,
+    PLAIN,
+    SIDE,
+    contact_sheet,
+    held_out_prompts,
+    is_held_out,
+    render,
+    sample_scene,
+    stamp,
+)
 from .train_autoencoder import to_tensor
 
 THRESHOLD = 0.6                                        # the score of a sharp object

@@ -25,7 +25,6 @@ from ..networks.autoencoder import Autoencoder
 from ..networks.tokenizers import CLIPTokenizer, T5Tokenizer
 from . import export, train_autoencoder, train_flow, vocabulary
 
-
 SCENES = {"vocabulary": 20_000, "autoencoder": 6_000, "base": 36_000, "guidance": 36_000}
 
 

@@ -13,7 +13,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from miniflux.checkpoints import formats
-from miniflux.checkpoints.formats import listing, read_json, read_safetensors, read_sharded
+from miniflux.checkpoints.formats import (
+    listing,
+    read_json,
+    read_safetensors,
+    read_sharded,
+)
 
 ENTRY = {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}
 

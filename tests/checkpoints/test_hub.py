@@ -9,7 +9,13 @@ import pytest
 
 from miniflux import flux
 from miniflux.checkpoints import hub
-from miniflux.checkpoints.hub import OFFICIAL, WANTED, cache_folder, find_in_cache, find_or_download
+from miniflux.checkpoints.hub import (
+    OFFICIAL,
+    WANTED,
+    cache_folder,
+    find_in_cache,
+    find_or_download,
+)
 
 SCHNELL = OFFICIAL["schnell"]
 

@@ -7,6 +7,7 @@ Oracle of the parameters: the reference model that wrote them, bit for bit.
 import gc
 import json
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -193,7 +194,7 @@ def test_every_mlp_width_is_found_again(tmp_path):
     """120 / 88 * 88 is 119.99999999999999 in floating point: a quotient that rounds down must not lose a row."""
     for hidden, width in ((88, 120), (56, 488), (96, 100), (8, 2)):
         config = MMDiTConfig(hidden_size=hidden, num_heads=hidden // 8, axes_dim=(4, 2, 2), depth=1, depth_single_blocks=1,
-                             mlp_ratio=(width + 0.5) / hidden)
+                             mlp_ratio=width / hidden)
         network = load_mmdit(save(tmp_path / "a.safetensors", MMDiT(config).state_dict()))
         assert network.double_blocks[0].img_mlp[0].out_features == network.single_blocks[0].linear2.in_features - hidden == width
 
@@ -386,3 +387,9 @@ def test_weights_in_a_pickle_are_refused(folder):
     for load, name in ((load_mmdit, "transformer"), (load_t5, "text_encoder_2")):
         with pytest.raises(ValueError, match="model.bin is a pickle, which can run any code .*: convert it to safetensors"):
             load(folder / name)
+
+
+def test_loading_imports_no_compiler():
+    """Initialising an embedding on the meta device imports torch._dynamo, a second of every cold start."""
+    code = "import sys, miniflux; miniflux.load(device='cpu'); assert 'torch._dynamo' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

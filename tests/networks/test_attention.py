@@ -79,7 +79,7 @@ def test_the_fast_attention_is_the_formula_after_rope_and_values_are_not_turned(
     q, k, v = torch.randn(3, 2, 3, 7, 16)
     pe = rope_table(torch.arange(21).view(7, 3), (4, 4, 8), 10000.0)
     expected = formula(apply_rope(q, pe), apply_rope(k, pe), v)                 # (B, H, S, D)
-    result = attention(q, k, v, pe)
+    result = attention(torch.stack([q, k]), v, pe)
     assert result.shape == (2, 7, 48)
     for head in range(3):
         torch.testing.assert_close(result[..., 16 * head: 16 * head + 16], expected[:, head], rtol=1e-5, atol=1e-6)
@@ -97,9 +97,9 @@ def test_every_token_sees_every_token_and_only_its_position_orders_it():
     q, k, v = torch.randn(3, 1, 2, 9, 16)
     ids = torch.randint(20, (9, 3))
     order = torch.randperm(9)
-    expected = attention(q, k, v, rope_table(ids, (4, 4, 8), 10000.0))[:, order]
-    shuffled = (x[:, :, order] for x in (q, k, v))
-    result = attention(*shuffled, rope_table(ids[order], (4, 4, 8), 10000.0))
+    expected = attention(torch.stack([q, k]), v, rope_table(ids, (4, 4, 8), 10000.0))[:, order]
+    q, k, v = (x[:, :, order] for x in (q, k, v))
+    result = attention(torch.stack([q, k]), v, rope_table(ids[order], (4, 4, 8), 10000.0))
     torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -109,7 +109,7 @@ def test_every_backend_computes_the_formula(name):
     pe = rope_table(torch.arange(21).view(7, 3), (4, 4, 8), 10000.0)
     expected = formula(apply_rope(q, pe), apply_rope(k, pe), v).transpose(1, 2).flatten(2)
     with attention_backend(name):
-        torch.testing.assert_close(attention(q, k, v, pe), expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(attention(torch.stack([q, k]), v, pe), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_a_backend_is_in_force_within_its_block_only_even_after_an_error(monkeypatch):
@@ -117,9 +117,9 @@ def test_a_backend_is_in_force_within_its_block_only_even_after_an_error(monkeyp
     monkeypatch.setitem(BACKENDS, "formula", lambda *qkv: calls.append(1) or formula(*qkv))
     q, pe = torch.randn(1, 1, 2, 4), rope_table(torch.zeros(2, 1), (4,), 10000.0)
     with pytest.raises(KeyboardInterrupt), attention_backend("formula"):
-        attention(q, q, q, pe)
+        attention(torch.stack([q, q]), q, pe)
         raise KeyboardInterrupt
-    attention(q, q, q, pe)
+    attention(torch.stack([q, q]), q, pe)
     assert calls == [1]
 
 

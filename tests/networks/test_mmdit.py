@@ -13,6 +13,7 @@ from miniflux.networks.mmdit import (
     FinalLayer,
     MMDiT,
     MMDiTConfig,
+    QKNorm,
     RMSNorm,
     SingleBlock,
     modulate,
@@ -116,14 +117,20 @@ def test_a_missing_or_useless_guidance_is_refused():
 # ----------------------------------------------------------------------------------------------------------------- parts
 
 
+def normed(x, norm: RMSNorm):
+    """x / rms(x) · scale, by hand."""
+    return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * norm.scale
+
+
 def test_the_rows_of_a_fused_projection_are_q_then_k_then_v_each_head_by_head():
     x = torch.randn(2, 5, 3 * 4 * 8)
-    qkv = split_heads(x, num_heads=4)
-    assert qkv.shape == (3, 2, 4, 5, 8)
+    qk, v = split_heads(x, num_heads=4)
+    assert qk.shape == (2, 2, 4, 5, 8) and v.shape == (2, 4, 5, 8)
+    qkv = [*qk, v]
     for part in range(3):
         for head in range(4):
             start = part * 32 + head * 8
-            assert torch.equal(qkv[part, :, head], x[..., start: start + 8])
+            assert torch.equal(qkv[part][:, head], x[..., start: start + 8])
 
 
 def test_modulation_is_one_plus_scale_times_layer_norm_plus_shift():
@@ -133,12 +140,15 @@ def test_modulation_is_one_plus_scale_times_layer_norm_plus_shift():
 
 
 def test_rms_norm_subtracts_no_mean_and_survives_float16():
-    norm = RMSNorm(8)
-    norm.scale = torch.nn.Parameter(torch.linspace(0.5, 2, 8))
-    for x in (torch.randn(3, 8) + 5, 1e-3 * torch.randn(3, 8)):
-        torch.testing.assert_close(norm(x), x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * norm.scale)
-    big = norm.half()(torch.full((1, 8), 1000.0, dtype=torch.float16))          # its square is not a float16 number
-    torch.testing.assert_close(big[0], norm.scale, rtol=1e-3, atol=0)
+    norm = QKNorm(8)
+    norm.query_norm.scale = torch.nn.Parameter(torch.linspace(0.5, 2, 8))
+    norm.key_norm.scale = torch.nn.Parameter(torch.linspace(3, 1, 8))
+    for qk in (torch.randn(2, 1, 1, 3, 8) + 5, 1e-3 * torch.randn(2, 1, 1, 3, 8)):
+        q, k = norm(qk)
+        torch.testing.assert_close(q, normed(qk[0], norm.query_norm))
+        torch.testing.assert_close(k, normed(qk[1], norm.key_norm))
+    big = norm.half()(torch.full((2, 1, 1, 1, 8), 1000.0, dtype=torch.float16))  # its square is not a float16 number
+    torch.testing.assert_close(big[0].flatten(), norm.query_norm.scale, rtol=1e-3, atol=0)
 
 
 def test_the_gelu_is_the_tanh_approximation():
@@ -162,12 +172,12 @@ def test_a_double_block_written_out():
 
     def project(x, attn):
         q, k, v = attn.qkv(x).view(2, -1, 3, 2, 16).permute(2, 0, 3, 1, 4)
-        return attn.norm.query_norm(q), attn.norm.key_norm(k), v
+        return normed(q, attn.norm.query_norm), normed(k, attn.norm.key_norm), v
 
     streams = [(txt, block.txt_mod, block.txt_attn, block.txt_mlp), (img, block.img_mod, block.img_attn, block.img_mlp)]
     projected = [project(modulate(x, *chunks(mod)[:2]), attn) for x, mod, attn, _ in streams]
     q, k, v = (torch.cat(parts, dim=2) for parts in zip(*projected))            # text first
-    both = mmdit.attention(q, k, v, pe)
+    both = mmdit.attention(torch.stack([q, k]), v, pe)
     expected = []
     for (x, mod, attn, mlp), out in zip(streams, (both[:, :L], both[:, L:])):
         _, _, gate1, shift2, scale2, gate2 = chunks(mod)
@@ -186,7 +196,7 @@ def test_a_single_block_written_out():
     h = modulate(x, shift, scale)
     weight, bias = block.linear1.weight, block.linear1.bias
     q, k, v = (F.linear(h, weight[i: i + 32], bias[i: i + 32]).view(2, 7, 2, 16).transpose(1, 2) for i in (0, 32, 64))
-    attn = mmdit.attention(block.norm.query_norm(q), block.norm.key_norm(k), v, pe)
+    attn = mmdit.attention(torch.stack([normed(q, block.norm.query_norm), normed(k, block.norm.key_norm)]), v, pe)
     mlp = F.gelu(F.linear(h, weight[96:], bias[96:]), approximate="tanh")
     y = F.linear(attn, block.linear2.weight[:, :32]) + F.linear(mlp, block.linear2.weight[:, 32:]) + block.linear2.bias
     torch.testing.assert_close(block(x, vec, pe), x + gate * y, rtol=1e-5, atol=1e-5)
@@ -216,16 +226,16 @@ def test_closed_gates_leave_both_streams_untouched():
 def test_text_tokens_come_before_image_tokens(monkeypatch):
     model, x, seen = small(), inputs(), []
 
-    def spy(q, k, v, pe):
+    def spy(qk, v, pe):
         seen.append((v, pe))
-        return attention(q, k, v, pe)
+        return attention(qk, v, pe)
 
     attention = mmdit.attention
     monkeypatch.setattr(mmdit, "attention", spy)
     x["txt_ids"] = torch.full((L, 3), 7)                # recognisable, where FLUX has zeros
     model(**x)
     values = model.double_blocks[0].txt_attn.project(modulate(model.txt_in(x["txt"]), *model.double_blocks[0].txt_mod(
-        model.conditioning(x["vec"], x["t"], x["guidance"]))[:2]))[2]
+        model.conditioning(x["vec"], x["t"], x["guidance"]))[:2]))[1]
     torch.testing.assert_close(seen[0][0][:, :, :L], values)
     assert len(seen) == 4 and all(v.shape[2] == L + N for v, _ in seen)
     expected = mmdit.rope_table(torch.cat([x["txt_ids"], x["img_ids"]]), (4, 4, 8), 10000.0)

@@ -10,7 +10,15 @@ from PIL import Image, ImageFilter
 from miniflux.networks.autoencoder import Autoencoder, AutoencoderConfig
 from miniflux.tiny import evaluate, scenes
 from miniflux.tiny.evaluate import THRESHOLD, Rates, Verdict, judge, rates, true_scenes
-from miniflux.tiny.scenes import PLAIN, Placed, Scene, held_out_prompts, is_held_out, paint_ground, render
+from miniflux.tiny.scenes import (
+    PLAIN,
+    Placed,
+    Scene,
+    held_out_prompts,
+    is_held_out,
+    paint_ground,
+    render,
+)
 
 
 @pytest.fixture(scope="module")
