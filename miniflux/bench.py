@@ -21,10 +21,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
+from .cli import Parser
 from .flux import find_source, load
 from .generate import generate
 from .networks.mmdit import MMDiT, MMDiTConfig
@@ -146,15 +148,18 @@ BENCHES = {"picture": bench_picture, "cold": bench_cold, "load": bench_load, "to
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m miniflux.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="python -m miniflux.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tables", nargs="*", help=f"of {', '.join(BENCHES)} (default: all)")
     parser.add_argument("--model", default="tiny", help="the model to measure (default tiny)")
     args = parser.parse_args()
     if unknown := [name for name in args.tables if name not in BENCHES]:
         parser.error(f"there is no table {unknown[0]!r}: expected some of {', '.join(BENCHES)}")
+    names = args.tables or list(BENCHES)
+    if {"picture", "cold"} & set(names) and not all(map(find_spec, ("diffusers", "transformers"))):
+        parser.error("picture and cold compare with diffusers: `pip install diffusers transformers`, or name other tables")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}")
-    for name in args.tables or BENCHES:
+    for name in names:
         BENCHES[name](args.model)
 
 

@@ -35,6 +35,9 @@ def averaged(folder: Path) -> dict[str, Tensor]:
 
 def parts(model: Path, device: torch.device) -> tuple[Autoencoder, CLIPTokenizer, T5Tokenizer]:
     """What a painter is trained between: autoencoder and vocabularies."""
+    for stage, name in (("vocabulary", "tokenizer_2"), ("autoencoder", "vae")):
+        if not (model / name).is_dir():
+            raise FileNotFoundError(f"{model / name} does not exist: train the stage {stage} first")
     autoencoder = load_autoencoder(model / "vae", device, torch.float32).to(memory_format=torch.channels_last)
     return autoencoder, CLIPTokenizer.from_folder(model / "tokenizer"), T5Tokenizer.from_folder(model / "tokenizer_2")
 
@@ -47,6 +50,8 @@ def train_autoencoder_stage(work: Path, steps: int | None, minutes: float | None
 
 
 def train_painter_stage(work: Path, stage: str, steps: int | None, minutes: float | None, scenes: int, device: torch.device) -> None:
+    if stage == "guidance" and not (work / "base" / "state.safetensors").is_file():
+        raise FileNotFoundError(f"{work / 'base'} holds no state: train the stage base first")
     teacher, lr = (averaged(work / "base"), 1e-3) if stage == "guidance" else (None, 2e-3)
     train_flow.run(work / stage, parts(work / "model", device), steps, minutes, device, teacher, scenes, lr)
     painter = train_flow.Painter()

@@ -96,7 +96,8 @@ def test_two_steps_of_every_stage_end_in_a_folder_that_load_opens(tmp_path):
     assert picture.size == (128, 128)
 
 
-def test_a_stage_without_the_one_before_says_what_is_missing(tmp_path, capsys):
+@pytest.mark.parametrize("stage, missing", [("base", "train the stage vocabulary first"), ("guidance", "train the stage base first")])
+def test_a_stage_without_the_one_before_says_what_is_missing(tmp_path, capsys, stage, missing):
     with pytest.raises(SystemExit) as stop:
-        command.main(["base", "--work", str(tmp_path), "--steps", "1", "--device", "cpu"])
-    assert stop.value.code == 2 and "vae" in capsys.readouterr().err
+        command.main([stage, "--work", str(tmp_path), "--steps", "1", "--device", "cpu"])
+    assert stop.value.code == 2 and missing in capsys.readouterr().err
