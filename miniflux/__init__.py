@@ -12,7 +12,8 @@ from types import ModuleType
 
 __version__ = "0.1.0"
 
-_NAMES = {"load": "flux", "Flux": "flux", "FluxConfig": "flux", "Prompt": "prompt", "encode_prompt": "prompt", "generate": "generate"}
+_NAMES = {"load": "flux", "Flux": "flux", "FluxConfig": "flux", "Prompt": "prompt", "encode_prompt": "prompt",
+          "generate": "generate"}
 __all__ = ["__version__", *_NAMES]
 
 

@@ -104,7 +104,8 @@ def bench_picture(source: str) -> None:
     difference = float((ours() - theirs()).abs().max())
     assert difference < 2e-3, f"the pictures differ by {difference}"
     (a, c), (b, d) = medians(ours, theirs), medians(lambda: ours(1), lambda: theirs(1))
-    table(f"one picture, {STEPS} steps", [("whole picture", 1e3 * a, 1e3 * c), ("a step", 1e3 * (a - b) / (STEPS - 1), 1e3 * (c - d) / (STEPS - 1))], "ms")
+    table(f"one picture, {STEPS} steps", [("whole picture", 1e3 * a, 1e3 * c),
+                                          ("a step", 1e3 * (a - b) / (STEPS - 1), 1e3 * (c - d) / (STEPS - 1))], "ms")
     print(f"largest difference of the two pictures {difference:.1e}")
 
 
@@ -158,7 +159,8 @@ def main() -> None:
     if {"picture", "cold"} & set(names) and not all(map(find_spec, ("diffusers", "transformers"))):
         parser.error("picture and cold compare with diffusers: `pip install diffusers transformers`, or name other tables")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}")
+    machine = platform.processor() or platform.machine()
+    print(f"{machine}, {torch.get_num_threads()} threads, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}")
     for name in names:
         BENCHES[name](args.model)
 

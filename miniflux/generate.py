@@ -44,7 +44,8 @@ def generate(flux: Flux, prompt: str | list[str] | Prompt, *, width: int | None 
     on_step(step, t, x): called before each step with its number, its time and the latents (B, 16, H/8, W/8) at that time.
 
     Raises ValueError for a value out of range. Papers: arXiv:2403.03206. Reference: diffusers' `FluxPipeline`."""
-    steps, guidance, width, height = resolve("generate", flux, width, height, steps, guidance, seed, num_images, true_cfg, sigmas, output)
+    steps, guidance, width, height = resolve("generate", flux, width, height, steps, guidance, seed, num_images, true_cfg, sigmas,
+                                             output)
     text = repeat(encode_prompt(flux, prompt, max_text_tokens), num_images)
     h, w = height // 8, width // 8
     z = noise(range(seed, seed + len(text)), h, w, flux.mmdit.config.out_channels // 4, text.txt.dtype)

@@ -73,7 +73,7 @@ def number(path: Path, i: int, count: int) -> Path:
 
 def check_number(name: str, value, low: float, high: float = math.inf, whole: bool = False) -> None:
     """Raises ValueError unless value is a number (whole if asked for) in [low, high]."""
-    fits = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool) and low <= value <= high and math.isfinite(value)
-    if not fits:
+    is_number = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
+    if not (is_number and math.isfinite(value) and low <= value <= high):
         raise ValueError(f"{name} is {value!r}: expected a {'whole ' if whole else ''}number "
                          + (f"of at least {low}" if high == math.inf else f"from {low} to {high}"))

@@ -21,7 +21,8 @@ class Prompt:
 
     def __post_init__(self):
         if self.txt.ndim != 3 or self.vec.ndim != 2 or len(self.txt) != len(self.vec):
-            raise ValueError(f"a Prompt has txt (B, L, width) and vec (B, width), got {list(self.txt.shape)} and {list(self.vec.shape)}")
+            raise ValueError("a Prompt has txt (B, L, width) and vec (B, width), "
+                             f"got {list(self.txt.shape)} and {list(self.vec.shape)}")
 
     def __len__(self) -> int:
         return len(self.vec)
@@ -54,9 +55,10 @@ def encode_prompt(flux: Flux, prompt: str | list[str] | Prompt, max_text_tokens:
 def move(prompt: Prompt, flux: Flux) -> Prompt:
     """The prompt on the transformer's device, in its dtype."""
     weight = flux.mmdit.img_in.weight
-    widths = flux.mmdit.config.context_in_dim, flux.mmdit.config.vec_in_dim
-    if (prompt.txt.shape[-1], prompt.vec.shape[-1]) != widths:
-        raise ValueError(f"the Prompt has the widths {prompt.txt.shape[-1]} and {prompt.vec.shape[-1]}, this model needs {widths[0]} and {widths[1]}")
+    have = prompt.txt.shape[-1], prompt.vec.shape[-1]
+    need = flux.mmdit.config.context_in_dim, flux.mmdit.config.vec_in_dim
+    if have != need:
+        raise ValueError("the Prompt has the widths {} and {}, this model needs {} and {}".format(*have, *need))
     return Prompt(prompt.txt.to(weight), prompt.vec.to(weight))
 
 

@@ -57,7 +57,8 @@ def text_ids(length: int, device: torch.device | str = "cpu") -> Tensor:
     return torch.zeros(length, 3, dtype=torch.int64, device=device)
 
 
-def schedule(steps: int, tokens: int, *, dynamic_shift: bool = True, shift: float = 1.0, sigmas: Sequence[float] | None = None) -> list[float]:
+def schedule(steps: int, tokens: int, *, dynamic_shift: bool = True, shift: float = 1.0,
+             sigmas: Sequence[float] | None = None) -> list[float]:
     """The times 1 = t_0 > t_1 > ... > t_steps = 0; `sigmas` replaces the even spacing before the shift.
 
     Larger pictures need more of their time at high noise. With `dynamic_shift` (dev) t becomes e^mu / (e^mu + 1/t - 1),

@@ -65,7 +65,7 @@ RESNET_BLOCK = {
 }
 
 Table = dict[str, list[str]]
-JOINED = {part.split(".")[-1] for table in (DOUBLE_BLOCK, SINGLE_BLOCK) for parts in table.values() if len(parts) > 1 for part in parts}
+JOINED = {part.split(".")[-1] for parts in (DOUBLE_BLOCK | SINGLE_BLOCK).values() if len(parts) > 1 for part in parts}
 
 
 def prefixed(table: Table, original: str, diffusers: str) -> Table:

@@ -139,7 +139,8 @@ def _judge(picture: np.ndarray) -> Verdict:
 
 def rates(verdicts: list[Verdict], truth: list[tuple[str, str]]) -> Rates:
     """How often the verdicts agree with the (object, ground) of each picture."""
-    right = [(v.object == name, v.object == name and v.sharp, v.ground == ground) for v, (name, ground) in zip(verdicts, truth, strict=True)]
+    right = [(v.object == name, v.object == name and v.sharp, v.ground == ground)
+             for v, (name, ground) in zip(verdicts, truth, strict=True)]
     return Rates(*np.mean(right, axis=0).tolist())
 
 

@@ -72,11 +72,13 @@ def write_autoencoder(folder: Path, network: Autoencoder, sample_size: int = 128
 
 def write_mmdit(folder: Path, network: MMDiT) -> None:
     """`transformer/`, and the files that make the folder a whole: `scheduler/` and `model_index.json`."""
-    write_part(folder / "transformer", mmdit_json(network.config), "diffusion_pytorch_model", mmdit_to_diffusers(network.state_dict()))
+    write_part(folder / "transformer", mmdit_json(network.config), "diffusion_pytorch_model",
+               mmdit_to_diffusers(network.state_dict()))
+    guided = network.config.guidance_embed
     (folder / "scheduler").mkdir(exist_ok=True)
     write_json(folder / "scheduler" / "scheduler_config.json",
-               {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3.0 if network.config.guidance_embed else 1.0,
-                "use_dynamic_shifting": network.config.guidance_embed, "base_shift": 0.5, "max_shift": 1.15,
+               {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3.0 if guided else 1.0,
+                "use_dynamic_shifting": guided, "base_shift": 0.5, "max_shift": 1.15,
                 "base_image_seq_len": 256, "max_image_seq_len": 4096})
     write_json(folder / "model_index.json", {"_class_name": "FluxPipeline", "_diffusers_version": "0.30.0"} | PARTS)
 

@@ -49,7 +49,8 @@ def train_autoencoder_stage(work: Path, steps: int | None, minutes: float | None
     export.write_autoencoder(work / "model", network)
 
 
-def train_painter_stage(work: Path, stage: str, steps: int | None, minutes: float | None, scenes: int, device: torch.device) -> None:
+def train_painter_stage(work: Path, stage: str, steps: int | None, minutes: float | None, scenes: int,
+                        device: torch.device) -> None:
     if stage == "guidance" and not (work / "base" / "state.safetensors").is_file():
         raise FileNotFoundError(f"{work / 'base'} holds no state: train the stage base first")
     teacher, lr = (averaged(work / "base"), 1e-3) if stage == "guidance" else (None, 2e-3)

@@ -159,7 +159,8 @@ def sample_sheet(painter: Painter, model: tuple[Autoencoder, CLIPTokenizer, T5To
         time = torch.full((n,), t, device=device)
         if true_cfg is None:
             return painter.velocity(x, time, torch.full_like(time, 3.5), txt[:n], vec[:n])
-        v, v_empty = painter.velocity(torch.cat([x, x]), torch.cat([time, time]), torch.ones(2 * n, device=device), txt, vec).chunk(2)
+        one = torch.ones(2 * n, device=device)
+        v, v_empty = painter.velocity(torch.cat([x, x]), torch.cat([time, time]), one, txt, vec).chunk(2)
         return v_empty + true_cfg * (v - v_empty)
 
     noise = torch.randn(n, TOKENS, 64, generator=torch.Generator().manual_seed(0)).to(device)

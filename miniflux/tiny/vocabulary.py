@@ -41,8 +41,8 @@ def learn_clip(texts: list[str], folder: Path) -> None:
 
     learner = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     learner.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()])
-    learner.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(r"\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"), "removed", invert=True),
-                                                     pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    cut = pre_tokenizers.Split(Regex(r"\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"), "removed", invert=True)
+    learner.pre_tokenizer = pre_tokenizers.Sequence([cut, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     learner.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=2 * len(alphabet) + CLIP_MERGES, end_of_word_suffix="</w>",
                                                            initial_alphabet=sorted(alphabet), show_progress=False))
@@ -91,7 +91,8 @@ def learn_t5(texts: list[str], folder: Path) -> None:
     special = {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
     write_json(folder / "special_tokens_map.json", special)
     write_json(folder / "tokenizer_config.json",
-               special | {"tokenizer_class": "T5TokenizerFast", "model_max_length": MAX_TOKENS, "extra_ids": 0, "additional_special_tokens": []})
+               special | {"tokenizer_class": "T5TokenizerFast", "model_max_length": MAX_TOKENS, "extra_ids": 0,
+                          "additional_special_tokens": []})
 
 
 def learn(folder: Path, count: int) -> None:
