@@ -147,10 +147,7 @@ def mmdit_config(values: dict, source: Path) -> MMDiTConfig:
     # Note: two defaults that are not dev's: no guidance_embeds means false, no out_channels as many as in_channels.
     values = {"guidance_embeds": False} | values | {
         "hidden_size": heads * head_dim, "out_channels": values.get("out_channels") or values.get("in_channels", 64)}
-    config = pick(MMDiTConfig, values, names, source)
-    if len(config.axes_dim) != 3 or any(dim % 2 for dim in config.axes_dim):
-        raise ValueError(f"{source}: axes_dims_rope is {list(config.axes_dim)}, expected three even numbers")
-    return config
+    return pick(MMDiTConfig, values, names, source)
 
 
 def mmdit_config_from_tensors(state: State, source: Path) -> MMDiTConfig:

@@ -46,9 +46,11 @@ class MMDiTConfig:
     guidance_embed: bool = True            # false for schnell
 
     def __post_init__(self):
-        if self.hidden_size % self.num_heads or sum(self.axes_dim) != self.hidden_size // self.num_heads:
-            raise ValueError(f"the RoPE axes {self.axes_dim} must sum to the head width, hidden_size / num_heads = "
-                             f"{self.hidden_size} / {self.num_heads}")
+        head_dim, rest = divmod(self.hidden_size, self.num_heads)
+        axes = self.axes_dim
+        if rest or sum(axes) != head_dim or len(axes) != 3 or any(dim % 2 for dim in axes):
+            raise ValueError(f"the RoPE axes are {axes}: expected three even numbers that sum to the head width, "
+                             f"hidden_size / num_heads = {self.hidden_size} / {self.num_heads}")
 
 
 def timestep_embedding(t: Tensor, dim: int = 256, max_period: float = 10000.0) -> Tensor:

@@ -130,7 +130,7 @@ class CLIPTokenizer:
         vocab = read_json(folder / "vocab.json")
         lines = read_bytes(folder / "merges.txt").decode("utf-8", errors="replace").split("\n")
         merges = [tuple(line.split()) for line in lines if line.strip() and not line.startswith("#version")]
-        if {len(pair) for pair in merges} - {2} or set(map(type, vocab.values())) - {int}:
+        if {len(pair) for pair in merges} - {2} or not all(type(number) is int and number >= 0 for number in vocab.values()):
             raise ValueError(f"{folder} is damaged, expected numbers in vocab.json and pairs in merges.txt")
         return cls(vocab, merges, read_max_length(folder, default=77))
 

@@ -110,7 +110,7 @@ def test_a_size_that_is_no_size_is_refused(read, key, value):
 
 @pytest.mark.parametrize("read, values, message", [
     (mmdit_config, {"guidance_embeds": "false"}, "guidance_embeds is 'false', expected true or false"),
-    (mmdit_config, {"axes_dims_rope": [16, 56]}, r"must sum to the head width"),
+    (mmdit_config, {"axes_dims_rope": [16, 56]}, r"that sum to the head width"),
     (mmdit_config, {"axes_dims_rope": [64, 64]}, r"expected three even numbers"),
     (mmdit_config, {"axes_dims_rope": [15, 57, 56]}, r"expected three even numbers"),
     (mmdit_config, {"axes_dims_rope": [16, 56.0, 56]}, r"expected a short list of sizes"),

@@ -66,7 +66,7 @@ def test_the_tensors_are_named_as_in_the_official_file():
 
 
 def test_axes_that_do_not_fill_a_head_are_refused():
-    with pytest.raises(ValueError, match="must sum to the head width"):
+    with pytest.raises(ValueError, match="that sum to the head width"):
         MMDiTConfig(axes_dim=(16, 56, 48))
 
 

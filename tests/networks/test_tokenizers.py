@@ -540,3 +540,11 @@ def test_a_very_long_word_is_cut_in_time_that_grows_with_its_length():
     """A word of 50,000 characters: an algorithm whose time grows with the square would not come back."""
     clip, t5 = CLIPTokenizer(tiny_clip().vocab, [("o", "w</w>"), ("l", "ow</w>")]), T5Tokenizer(PIECES)
     assert len(clip.encode("lowab" * 10_000)) == 50_000 and t5.encode("lowab" * 10_000)
+
+
+@pytest.mark.parametrize("number", [-1, True, 1.5, None])
+def test_a_vocabulary_with_numbers_that_are_no_ids_is_refused(tmp_path, number):
+    (tmp_path / "vocab.json").write_text(json.dumps({ours.START: 0, ours.END: 1, "a": number}))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
+    with pytest.raises(ValueError, match="expected numbers in vocab.json"):
+        CLIPTokenizer.from_folder(tmp_path)
