@@ -58,26 +58,15 @@ print(json.dumps((kib("VmHWM") - before) * 1024))
 """
 
 
-def median(f: Callable[[], object], runs: int = 7) -> float:
-    """Median seconds of `runs` calls, after one that does not count."""
-    f()
-    times = []
-    for _ in range(runs):
-        began = time.perf_counter()
-        f()
-        times.append(time.perf_counter() - began)
-    return statistics.median(times)
-
-
-def medians(ours: Callable[[], object], theirs: Callable[[], object], runs: int = 15) -> tuple[float, float]:
-    """Median seconds of both, run in turn, so that whatever slows the machine down slows both."""
-    times: list[list[float]] = [[], []]
+def medians(*calls: Callable[[], object], runs: int = 15) -> list[float]:
+    """Median seconds of each call, after one that does not count; run in turn, so that what slows the machine slows all."""
+    times: list[list[float]] = [[] for _ in calls]
     for _ in range(runs + 1):
-        for f, seen in zip((ours, theirs), times):
+        for call, seen in zip(calls, times):
             began = time.perf_counter()
-            f()
+            call()
             seen.append(time.perf_counter() - began)
-    return statistics.median(times[0][1:]), statistics.median(times[1][1:])
+    return [statistics.median(seen[1:]) for seen in times]
 
 
 def table(title: str, rows: list[tuple[str, float, float]], unit: str) -> None:
@@ -103,7 +92,7 @@ def bench_picture(source: str) -> None:
 
     difference = float((ours() - theirs()).abs().max())
     assert difference < 2e-3, f"the pictures differ by {difference}"
-    (a, c), (b, d) = medians(ours, theirs), medians(lambda: ours(1), lambda: theirs(1))
+    a, c, b, d = medians(ours, theirs, lambda: ours(1), lambda: theirs(1))
     table(f"one picture, {STEPS} steps", [("whole picture", 1e3 * a, 1e3 * c),
                                           ("a step", 1e3 * (a - b) / (STEPS - 1), 1e3 * (c - d) / (STEPS - 1))], "ms")
     print(f"largest difference of the two pictures {difference:.1e}")
@@ -142,7 +131,7 @@ def bench_tokenizers(source: str) -> None:
     for name, tokenizer in (("CLIP", flux.clip_tokenizer), ("T5", flux.t5_tokenizer)):
         texts = [" ".join(f"{word}{i}" for i, word in enumerate(PROMPT.split() * 40))[: 1500 + i] for i in range(64)]
         fresh = iter(texts)                        # Note: a new text each time, since words are remembered
-        print(f"{name:36} {1e3 * median(lambda: tokenizer([next(fresh)], 512), 20):9.2f} ms")
+        print(f"{name:36} {1e3 * medians(lambda: tokenizer([next(fresh)], 512), runs=20)[0]:9.2f} ms")
 
 
 BENCHES = {"picture": bench_picture, "cold": bench_cold, "load": bench_load, "tokenizers": bench_tokenizers}

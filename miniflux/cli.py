@@ -66,7 +66,7 @@ def run(p: Parser, paint: Callable, argv: list[str] | None = None) -> None:
     args = p.parse_args(argv)
     logging.basicConfig(level=logging.ERROR if args.quiet else logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
-        paths = [check_output(number(check_output(args.output), i, args.num_images)) for i in range(args.num_images)]
+        output = check_output(args.output)
         preview = check_output(os.path.splitext(args.output)[0] + "-preview.png") if args.preview else None
         flux = load(args.model, device=args.device, dtype=DTYPES.get(args.dtype), transformer=args.transformer)
         steps, guidance, width, height = resolve(args.task, flux, args.width, args.height, args.steps, args.guidance, args.seed,
@@ -77,7 +77,8 @@ def run(p: Parser, paint: Callable, argv: list[str] | None = None) -> None:
                   max_text_tokens=args.max_text_tokens, output="latents", progress=not args.quiet,
                   on_step=(lambda step, t, x: states.append((t, x[:1]))) if preview else None)
         metadata = {"prompt": args.prompt, "steps": steps, "guidance": guidance, "model": args.model, "version": __version__}
-        for i, (picture, path) in enumerate(zip(finish(flux, z, "pil"), paths)):
+        for i, picture in enumerate(finish(flux, z, "pil")):
+            path = number(output, i, args.num_images)
             save(picture, path, metadata | {"seed": args.seed + i})
             print(path)
         if preview:

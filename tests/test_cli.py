@@ -60,6 +60,7 @@ def test_preview_is_a_strip_that_ends_in_the_picture(folder, tmp_path):
     (["--device", "abacus"], "the device 'abacus' cannot be used here"),
     (["--transformer", "missing.safetensors"], "missing.safetensors does not exist"),
     (["--num-images", "0"], "num_images is 0"),
+    (["--num-images", "1000000000000"], "num_images is 1000000000000"),
 ])
 def test_a_mistake_ends_in_one_line_and_exit_code_2(folder, tmp_path, monkeypatch, capsys, arguments, sentence):
     monkeypatch.chdir(tmp_path)

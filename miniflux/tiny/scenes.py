@@ -14,7 +14,6 @@ model that paints such a pair has understood the caption instead of remembering 
 
 The font is needed to paint, not to import: Debian package `fonts-noto-color-emoji`, SIL Open Font Licence.
 """
-import argparse
 import colorsys
 import os
 import random
@@ -309,7 +308,10 @@ def contact_sheet(pictures: list[np.ndarray], captions: list[str], columns: int 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m miniflux.tiny.scenes", description="Paint a sheet of scenes.")
+    from ..cli import Parser
+    from ..images import check_output, save
+
+    parser = Parser(prog="python -m miniflux.tiny.scenes", description="Paint a sheet of scenes.")
     parser.add_argument("--seed", type=int, default=0, help="of the first scene (default 0)")
     parser.add_argument("--output", default="sheet.png", help="the picture to write (default sheet.png)")
     parser.add_argument("--objects", action="store_true", help="instead one picture of each object with its word")
@@ -318,10 +320,11 @@ def main() -> None:
     if args.objects:
         scenes = [Scene((Placed(name, None, 24, 24, 80),), "cyan", name, "single") for name in OBJECTS]
     try:
+        output = check_output(args.output)
         sheet = contact_sheet([render(s) for s in scenes], [s.caption for s in scenes], 12 if args.objects else 8)
-        sheet.save(f"{args.output}.part", format="PNG")
-        os.replace(f"{args.output}.part", args.output)
-    except OSError as error:
+        save(sheet, output, {"seed": args.seed})
+        print(output)
+    except (OSError, ValueError) as error:
         parser.error(str(error))
 
 

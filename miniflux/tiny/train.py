@@ -2,8 +2,8 @@
 
     python -m miniflux.tiny.train vocabulary
     python -m miniflux.tiny.train autoencoder --minutes 14
-    python -m miniflux.tiny.train base --minutes 75
-    python -m miniflux.tiny.train guidance --minutes 12
+    python -m miniflux.tiny.train base --minutes 78
+    python -m miniflux.tiny.train guidance --minutes 11
 
 Everything lies below `--work`: each stage's state, log and sample sheet in its own folder, and in `model/` the model so
 far, which `miniflux.load` opens once it is complete. A stage that was interrupted goes on where its last saved state ended.

@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 
+from ..images import save, to_pil
 from ..networks.autoencoder import Autoencoder, AutoencoderConfig
-from .scenes import render, sample_scene
+from .scenes import contact_sheet, render, sample_scene
 from .training import train
 
 CONFIG = AutoencoderConfig(ch=32, ch_mult=(1, 2, 2, 4), num_res_blocks=1, num_groups=8, scale_factor=1.0, shift_factor=0.0)
@@ -72,9 +72,8 @@ def run(folder: Path, steps: int | None, minutes: float | None, device: torch.de
         averaged = Autoencoder(CONFIG).to(device)
         averaged.load_state_dict(ema)
         value, painted = psnr(averaged, unseen)
-        pair = torch.cat([unseen[:8], painted[:8]]).add(1).mul(127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-        rows = [np.concatenate(list(row), axis=1) for row in (pair[:8], pair[8:])]
-        Image.fromarray(np.concatenate(rows)).save(folder / "sheet.png")
+        both = [np.asarray(picture) for picture in to_pil(torch.cat([unseen[:8], painted[:8]]) / 2 + 0.5)]
+        save(contact_sheet(both, ["unseen scene"] * 8 + ["decoded"] * 8), folder / "sheet.png", {"step": step})
         z = averaged.encode(unseen).detach()
         return {"psnr": value, "shift": float(z.mean()), "scale": float(1 / z.std())}
 

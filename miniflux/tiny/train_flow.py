@@ -16,13 +16,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..flux import Flux, FluxConfig
+from ..generate import generate
+from ..images import save
 from ..networks.attention import attention_backend
 from ..networks.autoencoder import Autoencoder
 from ..networks.clip import CLIPConfig, CLIPText
 from ..networks.mmdit import MMDiT, MMDiTConfig, Modulation
 from ..networks.t5 import T5, T5Config
 from ..networks.tokenizers import CLIPTokenizer, T5Tokenizer
-from ..sampling import euler, image_ids, patchify, schedule, text_ids, unpatchify
+from ..sampling import image_ids, patchify, text_ids
 from .scenes import contact_sheet, held_out_prompts, render, sample_scene
 from .train_autoencoder import to_tensor
 from .training import train
@@ -35,7 +38,6 @@ CLIP = CLIPConfig(hidden_size=128, intermediate_size=512, num_hidden_layers=2, n
 T5_SIZES = T5Config(d_model=128, d_kv=64, d_ff=256, num_layers=2, num_heads=2, vocab_size=320)
 SIDE = 16                                # of the latents: 128 pixels / 8
 BATCH, DROPOUT = 64, 0.1
-TOKENS = SIDE * SIDE // 4                # image tokens
 
 
 class Painter(nn.Module):
@@ -137,33 +139,14 @@ def run(folder: Path, model: tuple[Autoencoder, CLIPTokenizer, T5Tokenizer], ste
     def on_save(step: int, ema: dict[str, Tensor]) -> dict:
         averaged = Painter().to(device)
         averaged.load_state_dict(ema)
+        autoencoder, clip_tokenizer, t5_tokenizer = model
+        flux = Flux(clip_tokenizer, t5_tokenizer, averaged.clip, averaged.t5, averaged.mmdit, autoencoder,
+                    FluxConfig(name=folder.name, size=8 * SIDE, max_text_tokens=MAX_TOKENS))
         prompts = [prompt for prompt, _, _ in held_out_prompts(16, seed=1)]
-        pictures = sample_sheet(averaged, model, prompts, device, true_cfg=3.5 if teacher is None else None)
-        contact_sheet(pictures, prompts).save(folder / "sheet.png")
+        guided = dict(guidance=1.0, true_cfg=3.5, negative_prompt="") if teacher is None else dict(guidance=3.5)
+        pictures = generate(flux, prompts, steps=20, progress=False, **guided)
+        save(contact_sheet([np.asarray(picture) for picture in pictures], prompts), folder / "sheet.png", {"step": step})
         return {"sheet": str(folder / "sheet.png")}
 
     train(painter, base_loss if teacher is None else guidance_loss, folder, lr=lr, steps=steps, minutes=minutes,
           seed=1 if teacher is None else 2, on_save=on_save)
-
-
-@torch.no_grad()
-def sample_sheet(painter: Painter, model: tuple[Autoencoder, CLIPTokenizer, T5Tokenizer], prompts: list[str], device: torch.device,
-                 true_cfg: float | None, steps: int = 20) -> list[np.ndarray]:
-    """Paint the prompts, with two passes a step (`true_cfg`) or with the guidance embedding at 3.5."""
-    autoencoder, clip_tokenizer, t5_tokenizer = model
-    texts = prompts + [""] * len(prompts)
-    txt, vec = painter.encode(clip_tokenizer(texts, MAX_TOKENS).to(device), t5_tokenizer(texts, MAX_TOKENS).to(device))
-    n = len(prompts)
-
-    def velocity(x: Tensor, t: float) -> Tensor:
-        time = torch.full((n,), t, device=device)
-        if true_cfg is None:
-            return painter.velocity(x, time, torch.full_like(time, 3.5), txt[:n], vec[:n])
-        one = torch.ones(2 * n, device=device)
-        v, v_empty = painter.velocity(torch.cat([x, x]), torch.cat([time, time]), one, txt, vec).chunk(2)
-        return v_empty + true_cfg * (v - v_empty)
-
-    noise = torch.randn(n, TOKENS, 64, generator=torch.Generator().manual_seed(0)).to(device)
-    z = unpatchify(euler(velocity, noise, schedule(steps, TOKENS)), SIDE, SIDE)
-    pictures = autoencoder.decode(z).float().clamp(-1, 1).add(1).mul(127.5).round().byte()
-    return list(pictures.permute(0, 2, 3, 1).cpu().numpy())

@@ -1,6 +1,6 @@
 """One training loop for everything that is trained here: resumable, reproducible, watched.
 
-    python's picture of it:   for step in ...:  loss = loss_of(step);  loss.backward();  optimizer.step();  average weights
+    for each step:   loss = loss_of(random numbers);   loss.backward();   optimizer.step();   average the weights
 
 Each step draws its random numbers from a generator seeded with (seed, step), so a run that was killed and resumed goes
 exactly the way it would have gone. The length of a run is given in steps, or in minutes of wall-clock time.
