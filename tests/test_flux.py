@@ -134,7 +134,8 @@ def test_loose_text_encoders_are_the_same(original, pristine):
 
 
 def test_the_same_picture_is_painted_from_both_layouts(original, pristine, tmp_path):
-    """With everything equal but the files: heads of 16 in a single file are shared among the axes as 4, 6, 6 channels."""
+    """With everything equal but the files: heads of 16 in a single file are shared among the axes as 4, 6, 6 channels. Where
+    the weights lie in memory may change how a processor sums, and so the last bits."""
     from miniflux import generate
     other = tmp_path / "other"
     shutil.copytree(pristine, other)
@@ -142,7 +143,7 @@ def test_the_same_picture_is_painted_from_both_layouts(original, pristine, tmp_p
     vae((32, 32), groups=32).save_pretrained(other / "vae")
     keywords = dict(width=64, height=48, steps=2, max_text_tokens=16, output="latents", progress=False)
     a, b = (generate(load(path, device="cpu"), "an owl", **keywords) for path in (original, other))
-    assert torch.equal(a, b)
+    assert (a - b).abs().max() <= 1e-5 * a.abs().max()
 
 
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
