@@ -4,6 +4,7 @@ The flags mirror the function's keywords; a flag that is not given leaves the fu
 """
 
 import argparse
+import inspect
 import logging
 import os
 import sys
@@ -13,9 +14,11 @@ import torch
 from torch import Tensor
 
 from . import __version__
-from .flux import list_models, load
-from .images import check_output, number, save, strip
-from .settings import DEFAULTS, DISTILLED_STEPS, finish, resolve
+from .flux import Flux, list_models, load
+from .generate import decode
+from .images import check_output, number, save, strip, to_pil
+from .masks import blur_mask, expand_canvas, mask_from_alpha
+from .settings import DEFAULTS, DISTILLED_STEPS
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -33,16 +36,17 @@ class ListModels(argparse.Action):
         parser.exit()
 
 
-def parser(task: str, description: str) -> Parser:
+def parser(task: str, description: str, prompt: bool = True) -> Parser:
     """The flags of all tasks; a task adds its own."""
     p = Parser(prog=f"python -m miniflux.{task}", description=description)
-    p.set_defaults(task=task)
-    p.add_argument("prompt", help="what to paint")
+    if prompt:
+        p.add_argument("prompt", help="what to paint")
+    shape = "the model's" if task in ("generate", "redux") else "the picture's shape, at the model's number of pixels"
     p.add_argument("--output", default=f"{task}.png", help=f"the picture to write; several are numbered (default {task}.png)")
     p.add_argument("--model", default="tiny", help="a shipped name, an official short name, a Hub id or a folder (default tiny)")
     p.add_argument("--transformer", help="a single file whose transformer replaces the model's (default: none)")
-    p.add_argument("--width", type=int, help="pixels, rounded down to a multiple of 16 (default: the model's)")
-    p.add_argument("--height", type=int, help="pixels, rounded down to a multiple of 16 (default: the model's)")
+    p.add_argument("--width", type=int, help=f"pixels, rounded down to a multiple of 16 (default: {shape})")
+    p.add_argument("--height", type=int, help=f"pixels, rounded down to a multiple of 16 (default: {shape})")
     p.add_argument("--steps", type=int,
                    help=f"steps from noise to picture (default {DEFAULTS[task].steps}; {DISTILLED_STEPS} for schnell)")
     p.add_argument("--guidance", type=float, help=f"how strictly to follow the prompt (default {DEFAULTS[task].guidance})")
@@ -58,37 +62,73 @@ def parser(task: str, description: str) -> Parser:
     p.add_argument("--quiet", action="store_true", help="no progress bar and no notes (default: off)")
     p.add_argument("--list-models", action=ListModels, nargs=0, help="say what is shipped and what is in the cache, and stop")
     p.add_argument("--version", action="version", version=__version__)
+    p.shared = {action.dest for action in p._actions}
     return p
 
 
-def run(p: Parser, paint: Callable, argv: list[str] | None = None) -> None:
-    """Parse, load, paint, save; every mistake of the user ends in one line."""
+def add_strength(p: Parser, default: float) -> None:
+    p.add_argument("--strength", type=float, default=default, help=f"how far back to noise, in (0, 1] (default {default})")
+
+
+def add_image_and_mask(p: Parser, expand: bool = False) -> None:
+    """The flags of the tasks that repaint a part of a picture; `image_and_mask` reads them."""
+    p.add_argument("--image", required=True, help="the picture (required)")
+    source = p.add_mutually_exclusive_group(required=True)
+    source.add_argument("--mask", help="white where the picture is to be repainted")
+    source.add_argument("--mask-from-alpha", action="store_true", help="the picture's transparent part is the mask")
+    if expand:
+        source.add_argument("--expand", type=int, nargs=4, metavar=("LEFT", "TOP", "RIGHT", "BOTTOM"),
+                            help="paint beyond the picture's edges, so many pixels on each side")
+    p.add_argument("--mask-blur", type=float, default=0.0, help="pixels by which the mask's edge is blurred (default 0.0)")
+    if not expand:
+        p.add_argument("--mask-padding", type=int, help="paint only the mask's surroundings, so many pixels wider, enlarged "
+                                                        "(default: the whole picture)")
+
+
+def image_and_mask(flux: Flux, args: argparse.Namespace) -> dict:
+    """The picture and the mask that the flags of `add_image_and_mask` ask for."""
+    image, mask = args.image, args.mask
+    if getattr(args, "expand", None):
+        image, mask = expand_canvas(image, *args.expand)
+    elif args.mask_from_alpha:
+        mask = mask_from_alpha(image)
+    return {"image": image, "mask": blur_mask(mask, args.mask_blur) if args.mask_blur else mask}
+
+
+def add_auto_resize(p: Parser) -> None:
+    p.add_argument("--no-auto-resize", dest="auto_resize", action="store_false",
+                   help="show the model the picture in its own size (default: in the nearest shape it was trained on)")
+
+
+def run(p: Parser, paint: Callable, inputs: Callable[[Flux, argparse.Namespace], dict] = lambda flux, args: {},
+        argv: list[str] | None = None) -> None:
+    """Parse, load, paint, save; every mistake of the user ends in one line. Each flag is the keyword of `paint` of its name;
+    `inputs` makes those that take more than a flag."""
     args = p.parse_args(argv)
     logging.basicConfig(level=logging.ERROR if args.quiet else logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
         output = check_output(args.output)
         preview = check_output(os.path.splitext(args.output)[0] + "-preview.png") if args.preview else None
         flux = load(args.model, device=args.device, dtype=DTYPES.get(args.dtype), transformer=args.transformer)
-        steps, guidance, width, height = resolve(args.task, flux, args.width, args.height, args.steps, args.guidance, args.seed,
-                                                 args.num_images, args.true_cfg, args.sigmas, "latents")
         states: list[tuple[float, Tensor]] = []
-        z = paint(flux, args.prompt, width=width, height=height, steps=steps, guidance=guidance, seed=args.seed,
-                  num_images=args.num_images, negative_prompt=args.negative_prompt, true_cfg=args.true_cfg, sigmas=args.sigmas,
-                  max_text_tokens=args.max_text_tokens, output="latents", progress=not args.quiet,
-                  on_step=(lambda step, t, x: states.append((t, x[:1]))) if preview else None)
-        metadata = {"prompt": args.prompt, "steps": steps, "guidance": guidance, "model": args.model, "version": __version__}
-        for i, picture in enumerate(finish(flux, z, "pil")):
-            path = number(output, i, args.num_images)
-            save(picture, path, metadata | {"seed": args.seed + i})
+        keywords = {name: value for name, value in vars(args).items() if name in inspect.signature(paint).parameters}
+        pictures = paint(flux, **keywords | inputs(flux, args) | {
+            "output": "pil", "progress": not args.quiet,
+            "on_step": (lambda step, t, x: states.append((t, x[:1]))) if preview else None})
+        own = {name: value for name, value in vars(args).items() if name not in p.shared and value not in (None, False)}
+        metadata = {"prompt": args.prompt, "model": args.model, "version": __version__} | own
+        for i, picture in enumerate(pictures):
+            path = number(output, i, len(pictures))
+            save(picture, path, metadata | picture.info)
             print(path)
         if preview:
-            save(strip(finish(flux, estimates(states, z[:1]), "pil")), preview, metadata | {"seed": args.seed})
+            save(strip([*estimates(flux, states), pictures[0]]), preview, metadata | pictures[0].info)
             print(preview)
     except (ValueError, OSError, torch.OutOfMemoryError) as error:
         p.error(str(error))
 
 
-def estimates(states: list[tuple[float, Tensor]], z: Tensor) -> Tensor:
-    """Where each step expects the flow to end: x - t·v, with v from the step that followed. Latents (steps, 16, h, w)."""
-    states = [*states, (0.0, z)]
-    return torch.cat([x - t * (x_next - x) / (t_next - t) for (t, x), (t_next, x_next) in zip(states, states[1:])])
+def estimates(flux: Flux, states: list[tuple[float, Tensor]]) -> list:
+    """Where each step but the last expects the flow to end: x - t·v, with v from the step that followed."""
+    ends = [x - t * (x_next - x) / (t_next - t) for (t, x), (t_next, x_next) in zip(states, states[1:])]
+    return to_pil(decode(flux, torch.cat(ends))) if ends else []

@@ -1,38 +1,28 @@
-"""Text to image.
+"""Text to image, and the algorithm that all tasks share.
 
     python -m miniflux.generate "a fox next to a red apple" --seed 7 --output fox.png
 
-The function below is FLUX.1's whole algorithm; every other task differs from it in what enters the transformer, or in
-what becomes of the velocity it returns.
+`paint` below is FLUX.1's whole algorithm. Every other task calls it too, and differs from `generate` in what enters the
+transformer, or in what becomes of the velocity it returns.
 """
 
 from collections.abc import Callable, Sequence
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from .flux import Flux
-from .prompt import Prompt, encode_prompt, match, repeat
-from .sampling import (
-    classifier_free,
-    euler,
-    flow,
-    image_ids,
-    noise,
-    patchify,
-    schedule,
-    unpatchify,
-)
-from .settings import finish, resolve
+from .images import Pictures, to_pil
+from .prompt import Prompt, Text, encode_prompt, match, repeat
+from .sampling import OnStep, Velocity, classifier_free, euler, flow, keep, noise, schedule
+from .settings import Call, resolve
 
 
 @torch.inference_mode()
-def generate(flux: Flux, prompt: str | list[str] | Prompt, *, width: int | None = None, height: int | None = None,
-             steps: int | None = None, guidance: float | None = None, seed: int = 0, num_images: int = 1,
-             negative_prompt: str | list[str] | Prompt | None = None, true_cfg: float = 1.0, sigmas: Sequence[float] | None = None,
-             max_text_tokens: int | None = None, output: str = "pil", progress: bool = True,
-             on_step: Callable[[int, float, Tensor], None] | None = None) -> list[Image.Image] | Tensor:
+def generate(flux: Flux, prompt: Text, *, width: int | None = None, height: int | None = None, steps: int | None = None,
+             guidance: float | None = None, seed: int = 0, num_images: int = 1, negative_prompt: Text | None = None,
+             true_cfg: float = 1.0, sigmas: Sequence[float] | None = None, max_text_tokens: int | None = None, output: str = "pil",
+             progress: bool = True, on_step: OnStep | None = None) -> Pictures:
     """Paint pictures from text.
 
     prompt: a string, a list of strings or an encoded `Prompt`; `num_images` pictures of each, side by side.
@@ -44,27 +34,86 @@ def generate(flux: Flux, prompt: str | list[str] | Prompt, *, width: int | None 
     on_step(step, t, x): called before each step with its number, its time and the latents (B, 16, H/8, W/8) at that time.
 
     Raises ValueError for a value out of range. Papers: arXiv:2403.03206. Reference: diffusers' `FluxPipeline`."""
-    steps, guidance, width, height = resolve("generate", flux, width, height, steps, guidance, seed, num_images, true_cfg, sigmas,
-                                             output)
-    text = repeat(encode_prompt(flux, prompt, max_text_tokens), num_images)
-    h, w = height // 8, width // 8
-    z = noise(range(seed, seed + len(text)), h, w, flux.mmdit.config.out_channels // 4, text.txt.dtype)
-    x = patchify(z.to(text.txt.device))                                         # (B, N, 64)
-    ts = schedule(steps, x.shape[1], dynamic_shift=flux.config.dynamic_shift, shift=flux.config.shift, sigmas=sigmas)
-    velocity = flow(flux.mmdit, text.txt, text.vec, guidance, image_ids(h, w, device=x.device))
-    if true_cfg > 1 and negative_prompt is not None:
-        negative = match(encode_prompt(flux, negative_prompt, max_text_tokens), len(text))
-        unwanted = flow(flux.mmdit, negative.txt, negative.vec, guidance, image_ids(h, w, device=x.device))
-        velocity = classifier_free(velocity, unwanted, true_cfg)
-    x = euler(velocity, x, ts, on_step and (lambda step, t, x: on_step(step, t, unpatchify(x, h, w))), progress)
-    return finish(flux, unpatchify(x, h, w), output)
+    call = resolve("generate", flux, width, height, steps, guidance, seed, num_images, negative_prompt, true_cfg, sigmas,
+                   max_text_tokens, output, progress, on_step)
+    return paint(flux, prompt, call)
+
+
+def paint(flux: Flux, prompt: Text, call: Call, *, start: Tensor | None = None, mask: Tensor | None = None,
+          beside: Tensor | None = None, after: tuple[Tensor, Tensor] | None = None,
+          put_back: Callable[[Tensor], Tensor] | None = None) -> Pictures:
+    """From noise to pictures; the keywords are the seams where the other tasks enter.
+
+    start: latents (n, 16, h, w) of the pictures to begin from, noised as far as call.strength reaches (image to image).
+    mask: (n, 1, h, w), false where the latents of `start` are kept (inpainting). beside: further channels (n, N, ·) of each
+    image token (fill, control). after: further image tokens (n, M, 64) and their positions (M, 3) (kontext). n is 1 or
+    divides the number of pictures. put_back: what becomes of the decoded pictures (B, 3, H, W) in [0, 1]."""
+    text = repeat(encode_prompt(flux, prompt, call.max_text_tokens), call.num_images)
+    count, h, w, channels = len(text), call.height // 8, call.width // 8, flux.mmdit.config.out_channels // 4
+    x = eps = noise(range(call.seed, call.seed + count), h, w, channels, text.txt.dtype).to(text.txt.device)  # (B, 16, h, w)
+    ts = schedule(call.steps, h * w // 4, dynamic_shift=flux.config.dynamic_shift, shift=flux.config.shift, sigmas=call.sigmas,
+                  strength=call.strength)
+    start, mask, beside = (spread(given, x) for given in (start, mask, beside))
+    after = after and (spread(after[0], x), after[1])
+
+    def velocity_of(text: Prompt) -> Velocity:
+        return flow(flux.mmdit, text.txt, text.vec, call.guidance, h, w, beside, after)
+
+    velocity = velocity_of(text)
+    if call.true_cfg > 1 and call.negative_prompt is not None:
+        unwanted = match(encode_prompt(flux, call.negative_prompt, call.max_text_tokens), count)
+        velocity = classifier_free(velocity, velocity_of(unwanted), call.true_cfg)
+    if start is not None:
+        x = ts[0] * eps.float() + (1 - ts[0]) * start
+    if mask is not None:
+        velocity = keep(velocity, mask, eps - start)
+    z = euler(velocity, x, ts, call.on_step, call.progress)
+    if call.output == "latents":
+        return z
+    pictures = decode(flux, z)                                                  # (B, 3, H, W)
+    return deliver(put_back(pictures) if put_back else pictures, call)
+
+
+def spread(given: Tensor | None, x: Tensor) -> Tensor | None:
+    """One for each of the pictures x, on their device, from as many as divide them evenly: a, b -> a, a, b, b."""
+    if given is None:
+        return None
+    if len(x) % len(given):
+        raise ValueError(f"{len(given)} pictures are given for {len(x)} to paint: give one, or one for each prompt")
+    return given.to(x.device).repeat_interleave(len(x) // len(given), dim=0)
+
+
+@torch.inference_mode()
+def encode(flux: Flux, pictures: Tensor) -> Tensor:
+    """Pictures (n, 3, H, W) in [-1, 1] -> latents (n, 16, H/8, W/8), float32."""
+    if flux.autoencoder is None:
+        raise ValueError("this model was loaded without an autoencoder, which has to read the picture: add vae/ to its folder")
+    return flux.autoencoder.encode(pictures.to(next(flux.autoencoder.parameters()))).float()
+
+
+@torch.inference_mode()
+def decode(flux: Flux, z: Tensor) -> Tensor:
+    """Latents (n, 16, h, w) -> pictures (n, 3, 8h, 8w) in [0, 1], float32."""
+    if flux.autoencoder is None:
+        raise ValueError('this model was loaded without an autoencoder: ask for output="latents", or add vae/ to its folder')
+    pictures = flux.autoencoder.decode(z.to(next(flux.autoencoder.parameters()))).float()
+    return (pictures / 2 + 0.5).clamp(0, 1)
+
+
+def deliver(pictures: Tensor, call: Call) -> Pictures:
+    """(B, 3, H, W) in [0, 1] as it is, or as PIL pictures whose `info` says how they were made."""
+    if call.output == "tensor":
+        return pictures
+    painted = to_pil(pictures)
+    for i, picture in enumerate(painted):
+        picture.info = {"seed": call.seed + i, "steps": call.steps, "guidance": call.guidance}
+    return painted
 
 
 def main() -> None:
     from . import cli
 
-    parser = cli.parser("generate", "Paint a picture from text.")
-    cli.run(parser, generate)
+    cli.run(cli.parser("generate", "Paint a picture from text."), generate)
 
 
 if __name__ == "__main__":

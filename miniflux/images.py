@@ -1,30 +1,187 @@
-"""Pictures on disk and in memory <-> tensors: sizes, conversions, and the text a PNG carries."""
+"""Pictures on disk and in memory <-> tensors: what may be given as one, sizes, conversions, and the text a PNG carries.
+
+    read_pictures     paths, PIL images, arrays, tensors -> one known form
+    natural_size      the size to paint in the shape of a picture
+    fit, to_pil       that form -> tensors of the size to paint, and back
+    save              a picture with its making, whole or not at all
+"""
 
 import logging
 import math
 import os
+import warnings
 from pathlib import Path
 
-from PIL import Image, PngImagePlugin
+import numpy as np
+import torch
+from PIL import Image, ImageOps, PngImagePlugin
 from torch import Tensor
 
 log = logging.getLogger("miniflux")
 
 MULTIPLE = 16              # pixels a side that one token covers: 8 for the autoencoder, 2 for the patch
 MAX_SIDE = 16_384
+MAX_PIXELS = 89_478_485    # of a picture given by the caller: Pillow's own limit, a quarter of a GB
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 OUTPUTS = ("pil", "tensor", "latents")
+LANCZOS, BICUBIC = Image.Resampling.LANCZOS, Image.Resampling.BICUBIC
+
+Pictures = list[Image.Image] | Tensor  # what a task returns
+Picture = Image.Image | str | os.PathLike | np.ndarray | Tensor
+Pixels = Image.Image | Tensor          # once read: an upright RGB picture, or (3, H, W) in [0, 1] where numbers were given
+
+# ------------------------------------------------------------------------------------------------------------- reading
+
+
+def open_picture(path: Path, what: str) -> Image.Image:
+    """The decoded picture of a file; refused before decoding if it claims to be larger than MAX_PIXELS."""
+    if not path.is_file():
+        raise FileNotFoundError(f"the {what} {path} does not exist: expected a picture file")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as picture:
+                picture.load()
+                return picture
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+        raise ValueError(f"the {what} {path} claims more than {MAX_PIXELS:,} pixels: make it smaller first") from None
+    except Exception as error:                              # Pillow's decoders raise what they like
+        raise ValueError(f"the {what} {path} cannot be read as a picture ({type(error).__name__}: {str(error):.80})") from None
+
+
+def to_rgb(picture: Image.Image, background: str, what: str) -> Image.Image:
+    """Upright, opaque, 8 bits a channel: transparent parts lie on the background, 16-bit greys are scaled."""
+    if not 0 < picture.width * picture.height <= MAX_PIXELS:
+        raise ValueError(f"the {what} has {picture.width} x {picture.height} pixels: expected 1 to {MAX_PIXELS:,}")
+    if picture.mode == "F":
+        raise ValueError(f"the {what} is a PIL picture of floating-point numbers: give them as an array in [0, 1] instead")
+    picture = ImageOps.exif_transpose(picture)
+    if picture.mode.startswith("I"):
+        # Note: Pillow's own conversion cuts 16-bit values off at 255 instead of scaling them.
+        picture = Image.fromarray((np.asarray(picture).clip(0, 65535) / 257).round().astype(np.uint8))
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, background), picture)
+    try:
+        return picture.convert("RGB")
+    except ValueError:
+        raise ValueError(f"the {what} is a PIL picture of mode {picture.mode}, which has no RGB form") from None
+
+
+def from_numbers(array: np.ndarray, what: str) -> Image.Image | Tensor:
+    """An array (H, W), (H, W, 1), (H, W, 3) or, of bytes, (H, W, 4)."""
+    if array.dtype == bool:
+        array = array * np.uint8(255)
+    channels = array.shape[2] if array.ndim == 3 else 1
+    is_bytes = array.dtype == np.uint8
+    if array.ndim not in (2, 3) or not array.size or channels not in ((1, 3, 4) if is_bytes else (1, 3)):
+        raise ValueError(f"the {what} is an array of the shape {array.shape}: expected (H, W) or (H, W, 3)")
+    array = array[..., 0] if array.ndim == 3 and channels == 1 else array
+    if is_bytes:
+        return Image.fromarray(array)
+    if not np.issubdtype(array.dtype, np.floating) or not (array.min() >= 0 and array.max() <= 1):
+        raise ValueError(f"the {what} holds {array.dtype} from {array.min()} to {array.max()}: expected uint8, or floats in [0, 1]")
+    planes = torch.from_numpy(np.ascontiguousarray(array, np.float32).reshape(*array.shape[:2], -1)).permute(2, 0, 1)
+    return planes.expand(3, -1, -1)                                             # (3, H, W)
+
+
+def read_picture(source: Picture, what: str = "picture", background: str = "white") -> Pixels:
+    """One picture from whatever a caller may give. Raises ValueError or FileNotFoundError, in one sentence."""
+    if isinstance(source, (str, os.PathLike)):
+        source = open_picture(Path(source).expanduser(), what)
+    if isinstance(source, Tensor):
+        if source.ndim not in (2, 3):
+            raise ValueError(f"the {what} is a tensor of the shape {tuple(source.shape)}: expected (3, H, W)")
+        source = source.detach().cpu() if source.ndim == 2 else source.detach().cpu().permute(1, 2, 0)
+        source = (source.float() if source.is_floating_point() else source).numpy()
+    if isinstance(source, np.ndarray):
+        source = from_numbers(source, what)
+    if isinstance(source, Image.Image):
+        return to_rgb(source, background, what)
+    if not isinstance(source, Tensor):
+        raise ValueError(f"the {what} is a {type(source).__name__}: expected a PIL image, a path, an array (H, W, 3) or a "
+                         "tensor (3, H, W)")
+    return source
+
+
+def read_each(source: Picture | list[Picture], what: str = "picture", background: str = "white") -> list[Pixels]:
+    """One picture, or several: a list, an array (B, H, W, 3) or a tensor (B, 3, H, W)."""
+    several = isinstance(source, (list, tuple)) or isinstance(source, (np.ndarray, Tensor)) and source.ndim == 4
+    pictures = [read_picture(one, what, background) for one in (source if several else [source])]
+    if not pictures:
+        raise ValueError(f"there is no {what}: expected one, or a list of them")
+    return pictures
+
+
+def read_pictures(source: Picture | list[Picture], what: str = "picture", background: str = "white") -> list[Pixels]:
+    """As `read_each`, but all of one size, since they are worked on together."""
+    pictures = read_each(source, what, background)
+    if len(sizes := {size_of(picture) for picture in pictures}) > 1:
+        listed = ", ".join(f"{width} x {height}" for width, height in sorted(sizes)[:5])
+        raise ValueError(f"the {what}s of one call must have one size, got {listed}: resize them, or call once for each")
+    return pictures
+
+
+def size_of(picture: Pixels) -> tuple[int, int]:
+    """(width, height)."""
+    return picture.size if isinstance(picture, Image.Image) else (picture.shape[-1], picture.shape[-2])
+
+
+# --------------------------------------------------------------------------------------------------------------- sizes
+
+
+def check_side(name: str, value) -> None:
+    """Raises ValueError for what is no width or height."""
+    if type(value) is not int or not MULTIPLE <= value <= MAX_SIDE:
+        raise ValueError(f"{name} is {value!r}: expected a whole number of pixels from {MULTIPLE} to {MAX_SIDE}")
+
+
+def floor_side(value: float) -> int:
+    """The multiple of 16 below, but a side all the same."""
+    return min(max(round(value) // MULTIPLE * MULTIPLE, MULTIPLE), MAX_SIDE)
 
 
 def round_size(width: int, height: int) -> tuple[int, int]:
     """Both sides rounded down to multiples of 16, which is said once. Raises ValueError for what is no size."""
-    for name, value in (("width", width), ("height", height)):
-        if type(value) is not int or not MULTIPLE <= value <= MAX_SIDE:
-            raise ValueError(f"{name} is {value!r}: expected a whole number of pixels from {MULTIPLE} to {MAX_SIDE}")
-    rounded = width // MULTIPLE * MULTIPLE, height // MULTIPLE * MULTIPLE
+    check_side("width", width)
+    check_side("height", height)
+    rounded = floor_side(width), floor_side(height)
     if rounded != (width, height):
         log.warning("%d x %d is painted as %d x %d: sides are multiples of %d", width, height, *rounded, MULTIPLE)
     return rounded
+
+
+def natural_size(like: tuple[int, int], area: int, width: int | None = None, height: int | None = None) -> tuple[int, int]:
+    """The size to paint in the shape of a picture of (width, height) pixels: about so many pixels, in multiples of 16; where
+    the caller gives one side, the other follows from it.
+
+    >>> natural_size((840, 840), 1024**2), natural_size((1232, 1632), 1024**2), natural_size((640, 480), 1024**2, width=512)
+    ((1024, 1024), (880, 1168), (512, 384))
+    """
+    ratio = like[0] / like[1]
+    return (width or floor_side(height * ratio if height else (area * ratio) ** 0.5),
+            height or floor_side(width / ratio if width else (area / ratio) ** 0.5))
+
+
+# ------------------------------------------------------------------------------------------------------------- tensors
+
+
+def to_tensor(picture: Pixels, width: int, height: int, resample: Image.Resampling = LANCZOS) -> Tensor:
+    """(1, 3, H, W) in [0, 1]; where the size differs, resized in 8 bits a channel, as Pillow does."""
+    if size_of(picture) != (width, height):
+        picture = as_pil(picture).resize((width, height), resample)
+    if isinstance(picture, Tensor):
+        return picture[None]
+    return torch.from_numpy(np.asarray(picture, np.float32) / 255).permute(2, 0, 1)[None]
+
+
+def as_pil(picture: Pixels) -> Image.Image:
+    return picture if isinstance(picture, Image.Image) else to_pil(picture[None])[0]
+
+
+def fit(pictures: list[Pixels], width: int, height: int, resample: Image.Resampling = LANCZOS) -> Tensor:
+    """What a network reads: (n, 3, H, W) in [-1, 1]."""
+    return torch.cat([to_tensor(picture, width, height, resample) for picture in pictures]) * 2 - 1
 
 
 def to_pil(pictures: Tensor) -> list[Image.Image]:
@@ -33,12 +190,15 @@ def to_pil(pictures: Tensor) -> list[Image.Image]:
     return [Image.fromarray(picture) for picture in array]
 
 
+# ---------------------------------------------------------------------------------------------------------------- files
+
+
 def strip(pictures: list[Image.Image]) -> Image.Image:
-    """Pictures of one size side by side."""
+    """Pictures side by side, all in the size of the first."""
     width, height = pictures[0].size
     sheet = Image.new("RGB", (width * len(pictures), height))
     for i, picture in enumerate(pictures):
-        sheet.paste(picture, (i * width, 0))
+        sheet.paste(picture.resize((width, height)), (i * width, 0))
     return sheet
 
 

@@ -28,15 +28,15 @@ class Prompt:
         return len(self.vec)
 
 
+Text = str | list[str] | Prompt
+
+
 @torch.inference_mode()
-def encode_prompt(flux: Flux, prompt: str | list[str] | Prompt, max_text_tokens: int | None = None) -> Prompt:
+def encode_prompt(flux: Flux, prompt: Text, max_text_tokens: int | None = None) -> Prompt:
     """Encode one prompt or several, padded to `max_text_tokens` T5 tokens (by default as many as the model was made for).
 
     Longer prompts are cut. Raises ValueError for a prompt that is not text, or for more tokens than the model can read."""
-    limit = flux.config.max_text_tokens
-    length = limit if max_text_tokens is None else max_text_tokens
-    if type(length) is not int or not 1 <= length <= limit:
-        raise ValueError(f"max_text_tokens is {length!r}: this model reads 1 to {limit} tokens")
+    length = text_length(flux, max_text_tokens)
     if isinstance(prompt, Prompt):
         return move(prompt, flux)
     texts = [prompt] if isinstance(prompt, str) else prompt
@@ -50,6 +50,15 @@ def encode_prompt(flux: Flux, prompt: str | list[str] | Prompt, max_text_tokens:
     txt = flux.t5(flux.t5_tokenizer(list(texts), length).to(device))            # (B, L, context_in_dim)
     vec = flux.clip(flux.clip_tokenizer(list(texts)).to(device))                # (B, vec_in_dim)
     return move(Prompt(txt, vec), flux)
+
+
+def text_length(flux: Flux, max_text_tokens: int | None) -> int:
+    """The number of T5 tokens to pad to: as asked for, else as many as the model was made for."""
+    limit = flux.config.max_text_tokens
+    length = limit if max_text_tokens is None else max_text_tokens
+    if type(length) is not int or not 1 <= length <= limit:
+        raise ValueError(f"max_text_tokens is {length!r}: this model reads 1 to {limit} tokens")
+    return length
 
 
 def move(prompt: Prompt, flux: Flux) -> Prompt:

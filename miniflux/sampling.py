@@ -6,7 +6,8 @@
     patchify      latents -> tokens, and back               euler       the one loop: x = x + (t_next - t) · v(x, t)
     image_ids     where each token lies                     flow        the velocity of a model for a prompt
 
-A variant of FLUX is another velocity or another start, never another loop. Rectified flow: Liu et al. 2022
+The state x is a picture's latents (B, 16, h, w); tokens exist only inside a velocity. A variant of FLUX is another velocity or
+another start, never another loop. Rectified flow: Liu et al. 2022
 (arXiv:2209.03003), Esser et al. 2024 (arXiv:2403.03206). Reference: `src/flux/sampling.py` of the original repository.
 """
 
@@ -19,7 +20,8 @@ from tqdm import tqdm
 
 from .networks.mmdit import MMDiT
 
-Velocity = Callable[[Tensor, float], Tensor]
+Velocity = Callable[[Tensor, float], Tensor]         # (x, t) -> dx/dt, as latents (B, 16, h, w)
+OnStep = Callable[[int, float, Tensor], None]        # (step, t, x)
 
 
 def noise(seeds: Iterable[int], height: int, width: int, channels: int = 16, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -58,8 +60,9 @@ def text_ids(length: int, device: torch.device | str = "cpu") -> Tensor:
 
 
 def schedule(steps: int, tokens: int, *, dynamic_shift: bool = True, shift: float = 1.0,
-             sigmas: Sequence[float] | None = None) -> list[float]:
-    """The times 1 = t_0 > t_1 > ... > t_steps = 0; `sigmas` replaces the even spacing before the shift.
+             sigmas: Sequence[float] | None = None, strength: float = 1.0) -> list[float]:
+    """The times 1 = t_0 > t_1 > ... > t_steps = 0; `sigmas` replaces the even spacing before the shift; of the shifted times,
+    only the last `strength` of the steps are kept (Meng et al. 2021, arXiv:2108.01073: start from a picture, not from noise).
 
     Larger pictures need more of their time at high noise. With `dynamic_shift` (dev) t becomes e^mu / (e^mu + 1/t - 1),
     mu rising linearly from 0.5 at 256 image tokens to 1.15 at 4096; otherwise (schnell) shift·t / (1 + (shift - 1)·t).
@@ -68,24 +71,40 @@ def schedule(steps: int, tokens: int, *, dynamic_shift: bool = True, shift: floa
     [1.0, 0.75, 0.5, 0.25, 0.0]
     >>> [round(t, 6) for t in schedule(4, 4096)]
     [1.0, 0.904531, 0.759511, 0.512844, 0.0]
+    >>> schedule(4, 4096, dynamic_shift=False, strength=0.5)
+    [0.5, 0.25, 0.0]
     """
     times = [1 - i / steps for i in range(steps)] if sigmas is None else [float(s) for s in sigmas]
     mu = 0.5 + (tokens - 256) * (1.15 - 0.5) / (4096 - 256)
     factor = math.exp(mu) if dynamic_shift else shift                           # e^mu / (e^mu + 1/t - 1), multiplied by t
-    return [factor * t / (1 + (factor - 1) * t) for t in times] + [0.0]
+    ts = [factor * t / (1 + (factor - 1) * t) for t in times] + [0.0]
+    # Note: a begun step counts: 0.6 of 28 steps are 17. In this order of operations, as the references round.
+    return ts[int(len(times) - len(times) * strength):]
 
 
-def flow(mmdit: MMDiT, txt: Tensor, vec: Tensor, guidance: float | None, img_ids: Tensor) -> Velocity:
-    """The model's velocity for encoded prompts txt (B, L, ·), vec (B, ·) on image tokens at img_ids (N, 3)."""
+def flow(mmdit: MMDiT, txt: Tensor, vec: Tensor, guidance: float | None, height: int, width: int, beside: Tensor | None = None,
+         after: tuple[Tensor, Tensor] | None = None) -> Velocity:
+    """The model's velocity for encoded prompts txt (B, L, ·), vec (B, ·) and latents of height x width latent pixels.
+
+    beside: further channels of each image token, (B, N, ·): what a model is told about every place (fill, control).
+    after: further tokens (B, M, ·) with their positions (M, 3), which are seen but not painted (kontext)."""
     def per_picture(value: float) -> Tensor:
         # Note: time and guidance are rounded to the model's dtype, as in the original.
         return torch.full((len(vec),), value, dtype=txt.dtype, device=txt.device)
 
-    txt_ids = text_ids(txt.shape[1], txt.device)
-    strength = None if guidance is None else per_picture(guidance)
+    txt_ids, img_ids = text_ids(txt.shape[1], txt.device), image_ids(height, width, device=txt.device)
+    strictness, count = None if guidance is None else per_picture(guidance), len(img_ids)
+    if after is not None:
+        img_ids = torch.cat([img_ids, after[1].to(img_ids)])                    # (N+M, 3)
 
     def velocity(x: Tensor, t: float) -> Tensor:
-        return mmdit(x.to(txt.dtype), txt, vec, per_picture(t), strength, img_ids, txt_ids)
+        img = patchify(x.to(txt.dtype))                                         # (B, N, 64)
+        if beside is not None:
+            img = torch.cat([img, beside.to(img)], dim=-1)                      # (B, N, in_channels)
+        if after is not None:
+            img = torch.cat([img, after[0].to(img)], dim=1)                     # (B, N+M, 64)
+        v = mmdit(img, txt, vec, per_picture(t), strictness, img_ids, txt_ids)
+        return unpatchify(v[:, :count], height, width)                          # (B, 16, height, width)
 
     return velocity
 
@@ -100,7 +119,15 @@ def classifier_free(velocity: Velocity, unwanted: Velocity, scale: float) -> Vel
     return guided
 
 
-def euler(velocity: Velocity, x: Tensor, ts: Sequence[float], on_step: Callable[[int, float, Tensor], None] | None = None,
+def keep(velocity: Velocity, mask: Tensor, line: Tensor) -> Velocity:
+    """Inpainting: where the mask (1 or B, 1, h, w) is false, x runs straight along `line` = noise - z, and so arrives at z.
+
+    On that line x(t) = t · noise + (1 - t) · z at every t: the same as painting over x with the noised picture after each
+    step, as RePaint does (Lugmayr et al. 2022, arXiv:2201.09865)."""
+    return lambda x, t: torch.where(mask, velocity(x, t), line)
+
+
+def euler(velocity: Velocity, x: Tensor, ts: Sequence[float], on_step: OnStep | None = None,
           progress: bool = False) -> Tensor:
     """Integrates dx/dt = velocity(x, t) along the times `ts`; x in float32, whatever the velocity's dtype.
 

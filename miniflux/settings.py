@@ -6,32 +6,68 @@ The numbers are those of the reference implementations: diffusers' `__call__` of
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from PIL import Image
-from torch import Tensor
-
 from .flux import Flux
-from .images import OUTPUTS, check_number, round_size, to_pil
+from .images import OUTPUTS, check_number, check_side, natural_size, round_size
+from .prompt import Text
+from .sampling import OnStep
 
 
 @dataclass(frozen=True)
 class Defaults:
     steps: int
     guidance: float
+    inputs: int = 1            # what a token of the task's transformer carries, in multiples of a token of latents
+    models: str = "dev"
 
 
 DEFAULTS = {
     "generate": Defaults(steps=28, guidance=3.5),
+    "image_to_image": Defaults(steps=28, guidance=7.0),
+    "inpaint": Defaults(steps=28, guidance=7.0),
+    "fill": Defaults(steps=50, guidance=30.0, inputs=6, models="fill"),
+    "control": Defaults(steps=28, guidance=3.5, inputs=2, models="canny or depth"),
+    "control of a picture": Defaults(steps=28, guidance=7.0, inputs=2, models="canny or depth"),
+    "redux": Defaults(steps=28, guidance=3.5),
+    "kontext_edit": Defaults(steps=28, guidance=3.5, models="kontext"),
+    "kontext_inpaint": Defaults(steps=28, guidance=3.5, models="kontext"),
 }
 DISTILLED_STEPS = 4        # of a model without guidance embedding (schnell)
 MAX_STEPS = 1000
 
 
-def resolve(task: str, flux: Flux, width: int | None, height: int | None, steps: int | None, guidance: float | None, seed: int,
-            num_images: int, true_cfg: float, sigmas: Sequence[float] | None, output: str) -> tuple[int, float | None, int, int]:
-    """Checks the keywords that all tasks share and fills in what is None: (steps, guidance, width, height).
+@dataclass(frozen=True)
+class Call:
+    """The keywords that all tasks share, checked and completed; guidance is None for a model without guidance embedding."""
 
-    Guidance is None for a model without guidance embedding. Raises ValueError for a value out of range."""
-    guided, defaults = flux.mmdit.config.guidance_embed, DEFAULTS[task]
+    width: int
+    height: int
+    steps: int
+    guidance: float | None
+    seed: int
+    num_images: int
+    negative_prompt: Text | None
+    true_cfg: float
+    sigmas: Sequence[float] | None
+    max_text_tokens: int | None
+    output: str
+    progress: bool
+    on_step: OnStep | None
+    strength: float = 1.0
+
+
+def resolve(task: str, flux: Flux, width: int | None, height: int | None, steps: int | None, guidance: float | None, seed: int,
+            num_images: int, negative_prompt: Text | None, true_cfg: float, sigmas: Sequence[float] | None,
+            max_text_tokens: int | None, output: str, progress: bool, on_step: OnStep | None, *,
+            like: tuple[int, int] | None = None, strength: float = 1.0) -> Call:
+    """Checks the keywords that all tasks share and fills in what is None.
+
+    like: the (width, height) of a picture whose shape the result has by default; without, it is a square of the model's size.
+    Raises ValueError for a value out of range, and for a model that is not made for the task."""
+    config, defaults = flux.mmdit.config, DEFAULTS[task]
+    if config.in_channels != defaults.inputs * config.out_channels:
+        need = defaults.inputs * config.out_channels
+        raise ValueError(f"{task.split()[0]} needs a transformer with {need} input channels, as that of the model {defaults.models}; "
+                         f"that of {flux.config.name} has {config.in_channels}")
     if sigmas is not None:
         if not isinstance(sigmas, Sequence) or isinstance(sigmas, str) or not 1 <= len(sigmas) <= MAX_STEPS:
             raise ValueError(f"sigmas are {sigmas!r:.60}: expected 1 to {MAX_STEPS} falling numbers in (0, 1]")
@@ -43,7 +79,7 @@ def resolve(task: str, flux: Flux, width: int | None, height: int | None, steps:
             raise ValueError(f"steps is {steps!r}, but there are {len(sigmas)} sigmas: give one of them")
         steps = len(sigmas)
     if steps is None:
-        steps = defaults.steps if guided else DISTILLED_STEPS
+        steps = defaults.steps if config.guidance_embed else DISTILLED_STEPS
     check_number("steps", steps, 1, MAX_STEPS, whole=True)
     if guidance is None:
         guidance = defaults.guidance
@@ -51,19 +87,15 @@ def resolve(task: str, flux: Flux, width: int | None, height: int | None, steps:
     check_number("num_images", num_images, 1, 1000, whole=True)
     check_number("seed", seed, 0, 2**63 - 1_000_000, whole=True)
     check_number("true_cfg", true_cfg, 0, 1000)
+    check_number("strength", strength, 0.001, 1)
     if output not in OUTPUTS:
         raise ValueError(f"output is {output!r}: expected one of {', '.join(OUTPUTS)}")
+    for name, side in (("width", width), ("height", height)):
+        if side is not None:
+            check_side(name, side)
     size = flux.config.size
+    if like is not None:
+        width, height = natural_size(like, size ** 2, width, height)
     width, height = round_size(size if width is None else width, size if height is None else height)
-    return steps, guidance if guided else None, width, height
-
-
-def finish(flux: Flux, z: Tensor, output: str) -> list[Image.Image] | Tensor:
-    """Latents (B, 16, h, w) -> what the caller asked for."""
-    if output == "latents":
-        return z
-    if flux.autoencoder is None:
-        raise ValueError('this model was loaded without an autoencoder: ask for output="latents", or add vae/ to its folder')
-    pictures = flux.autoencoder.decode(z.to(next(flux.autoencoder.parameters()))).float()
-    pictures = (pictures / 2 + 0.5).clamp(0, 1)                                 # (B, 3, H, W)
-    return pictures if output == "tensor" else to_pil(pictures)
+    return Call(width, height, steps, guidance if config.guidance_embed else None, seed, num_images, negative_prompt, true_cfg,
+                sigmas, max_text_tokens, output, progress, on_step, strength)

@@ -16,7 +16,7 @@ def folder(small_folder) -> str:
 
 
 def run(folder: str, *arguments: str) -> None:
-    cli.run(cli.parser("generate", ""), generate, ["a red apple", "--model", folder, "--device", "cpu", "--width", "32", "--height", "48",
+    cli.run(cli.parser("generate", ""), generate, argv=["a red apple", "--model", folder, "--device", "cpu", "--width", "32", "--height", "48",
                                                     "--max-text-tokens", "8", *arguments])
 
 

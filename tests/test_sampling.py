@@ -9,6 +9,7 @@ from miniflux.sampling import (
     classifier_free,
     euler,
     image_ids,
+    keep,
     noise,
     patchify,
     schedule,
@@ -90,3 +91,20 @@ def test_classifier_free_guidance_of_scale_one_is_the_identity():
     wanted, unwanted = lambda x, t: x + 1, lambda x, t: x - 4
     assert classifier_free(wanted, unwanted, 1.0)(torch.zeros(1), 0.5).item() == 1
     assert classifier_free(wanted, unwanted, 2.0)(torch.zeros(1), 0.5).item() == 6
+
+
+@pytest.mark.parametrize("steps, strength, kept", [(28, 0.6, 17), (28, 1.0, 28), (4, 0.1, 1), (50, 0.8, 40), (10, 0.3, 3), (1000, 0.001, 1)])
+def test_strength_keeps_the_last_steps_of_the_whole_schedule(steps, strength, kept):
+    """A begun step counts: 0.6 of 28 steps are 16.8, so 17."""
+    whole, rest = schedule(steps, 4096), schedule(steps, 4096, strength=strength)
+    assert rest == whole[-kept - 1:]
+
+
+def test_what_is_kept_arrives_at_its_latents_whatever_the_model_says():
+    """By hand: on the line x(t) = t·noise + (1 - t)·z at every step, so at z at the end; elsewhere the model's velocity rules."""
+    z, eps, mask, ts = torch.randn(1, 2, 4, 4), torch.randn(1, 2, 4, 4), torch.zeros(1, 1, 4, 4, dtype=torch.bool), [0.9, 0.6, 0.2, 0.0]
+    mask[..., :2] = True
+    seen = []
+    x = euler(keep(lambda x, t: torch.ones_like(x), mask, eps - z), 0.9 * eps + 0.1 * z, ts, lambda step, t, x: seen.append((t, x)))
+    assert all(torch.allclose(x[..., 2:], (t * eps + (1 - t) * z)[..., 2:], atol=1e-6) for t, x in seen)
+    assert torch.allclose(x[..., 2:], z[..., 2:], atol=1e-6) and torch.allclose(x[..., :2], (0.9 * eps + 0.1 * z - 0.9)[..., :2], atol=1e-6)

@@ -34,8 +34,8 @@ from tqdm import tqdm
 from .. import cli
 from ..flux import Flux, load
 from ..generate import generate
-from ..images import check_number, check_output, save
-from ..settings import finish
+from ..generate import decode
+from ..images import check_number, check_output, save, to_pil
 from .scenes import (
     OBJECTS,
     PLAIN,
@@ -156,7 +156,7 @@ def round_trip(flux: Flux, pictures: np.ndarray) -> np.ndarray:
     decoded = []
     for begin in range(0, len(pictures), BATCH):
         z = flux.autoencoder.encode(to_tensor(pictures[begin:begin + BATCH]).to(next(flux.autoencoder.parameters())))
-        decoded += finish(flux, z, "pil")
+        decoded += to_pil(decode(flux, z))
     return np.stack(decoded)
 
 

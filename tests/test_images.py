@@ -1,0 +1,147 @@
+"""What may be given as a picture, sizes, and conversions. Oracle: by hand; Pillow."""
+
+import logging
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from miniflux.images import fit, natural_size, read_each, read_picture, read_pictures, round_size, size_of, to_pil, to_tensor
+
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "images"
+COLOURS = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+
+
+def png_header(path: Path, width: int, height: int) -> Path:
+    """A PNG of a few bytes that claims to be so large."""
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b""))
+    return path
+
+
+def test_a_path_an_array_and_a_tensor_are_the_same_picture(tmp_path):
+    Image.fromarray(COLOURS).save(tmp_path / "a.png")
+    floats = COLOURS.astype(np.float32) / 255
+    for source in (tmp_path / "a.png", str(tmp_path / "a.png"), Image.fromarray(COLOURS), COLOURS, floats, floats.astype(np.float64),
+                   torch.from_numpy(COLOURS).permute(2, 0, 1), torch.from_numpy(floats).permute(2, 0, 1)):
+        picture = read_picture(source)
+        assert size_of(picture) == (7, 5)
+        assert torch.allclose(to_tensor(picture, 7, 5), torch.from_numpy(floats).permute(2, 0, 1)[None])
+
+
+def test_numbers_keep_their_precision_where_the_size_fits():
+    floats = np.random.default_rng(0).random((8, 6, 3), dtype=np.float32)
+    assert torch.equal(to_tensor(read_picture(floats), 6, 8)[0], torch.from_numpy(floats).permute(2, 0, 1))
+
+
+def test_several_pictures_are_a_list_or_one_array_or_one_tensor():
+    assert len(read_pictures([COLOURS, Image.fromarray(COLOURS)])) == len(read_pictures(np.stack([COLOURS, COLOURS]))) == 2
+    assert len(read_pictures(torch.rand(3, 3, 8, 8))) == 3
+
+
+def test_transparent_parts_lie_on_white():
+    """By hand: red at alpha 128 on white; nothing on white. A palette's transparency counts too."""
+    rgba = Image.new("RGBA", (2, 1), (255, 0, 0, 128))
+    rgba.putpixel((1, 0), (10, 20, 30, 0))
+    picture = read_picture(rgba)
+    assert picture.mode == "RGB" and picture.getpixel((0, 0)) == (255, 127, 127) and picture.getpixel((1, 0)) == (255, 255, 255)
+    palette = Image.new("P", (1, 1))
+    palette.info["transparency"] = 0
+    assert read_picture(palette).getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_sixteen_bit_greys_are_scaled_not_cut_off(tmp_path):
+    Image.fromarray(np.array([[0, 257 * 100, 65535]], np.uint16)).save(tmp_path / "grey.png")
+    assert [read_picture(tmp_path / "grey.png").getpixel((x, 0)) for x in range(3)] == [(0,) * 3, (100,) * 3, (255,) * 3]
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "CMYK", "YCbCr", "HSV", "I;16", "I", "PA"])
+def test_every_usual_mode_is_read(mode):
+    assert read_picture(Image.new(mode, (3, 2))).mode == "RGB"
+
+
+def test_the_orientation_of_a_photo_is_applied(tmp_path):
+    photo, exif = Image.new("RGB", (4, 2)), Image.Exif()
+    exif[0x0112] = 6                                                            # turned by 90 degrees
+    photo.save(tmp_path / "photo.jpg", exif=exif)
+    assert read_picture(tmp_path / "photo.jpg").size == (2, 4)
+
+
+def test_a_picture_of_one_pixel_becomes_any_size():
+    assert torch.equal(fit([read_picture(Image.new("RGB", (1, 1), (255, 0, 0)))], 16, 32)[0, :, 5, 7], torch.tensor([1.0, -1, -1]))
+
+
+def test_resizing_is_pillows_lanczos():
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8))
+    expected = np.asarray(picture.resize((32, 16), Image.Resampling.LANCZOS))
+    assert np.array_equal(np.asarray(to_pil(fit([picture], 32, 16) / 2 + 0.5)[0]), expected)
+
+
+@pytest.mark.parametrize("source, sentence", [
+    (None, "the image is a NoneType: expected a PIL image, a path"),
+    (3, "the image is a int"),
+    ("missing.png", "the image missing.png does not exist"),
+    (np.zeros((4, 4, 2)), "shape .4, 4, 2.: expected .H, W. or .H, W, 3."),
+    (np.zeros((0, 4, 3)), "shape .0, 4, 3."),
+    (np.full((4, 4, 3), 2.0), "holds float64 from 2.0 to 2.0: expected uint8, or floats in"),
+    (np.full((4, 4, 3), np.nan), "holds float64 from nan"),
+    (np.zeros((4, 4, 3), np.int32), "holds int32"),
+    (torch.full((3, 4, 4), -1.0), "holds float32 from -1.0"),
+    (torch.zeros(3), "a tensor of the shape .3,.: expected .3, H, W."),
+    (Image.new("F", (2, 2)), "a PIL picture of floating-point numbers"),
+    ([], "there is no image: expected one, or a list of them"),
+    ([COLOURS, COLOURS[:3]], "the images of one call must have one size, got 7 x 3, 7 x 5"),
+])
+def test_what_is_no_picture_gets_one_sentence(source, sentence):
+    with pytest.raises((ValueError, FileNotFoundError), match=sentence):
+        read_pictures(source, "image")
+
+
+@pytest.mark.parametrize("width", [9_500, 13_500, 50_000], ids=lambda w: f"{w} x {w}")
+def test_a_picture_that_claims_to_be_huge_is_refused_before_it_is_decoded(tmp_path, width):
+    path = png_header(tmp_path / "bomb.png", width, width)
+    assert path.stat().st_size < 100
+    with pytest.raises(ValueError, match="claims more than 89,478,485 pixels"):
+        read_picture(path)
+
+
+def test_truncated_and_foreign_files_get_one_sentence(tmp_path):
+    Image.fromarray(COLOURS.repeat(40, 0).repeat(40, 1)).save(tmp_path / "whole.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:200])
+    (tmp_path / "text.png").write_text("hello")
+    for name in ("cut.png", "text.png"):
+        with pytest.raises(ValueError, match="cannot be read as a picture"):
+            read_picture(tmp_path / name)
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        read_picture(tmp_path)
+
+
+def test_pictures_of_several_sizes_may_be_read_one_by_one():
+    assert [size_of(picture) for picture in read_each([COLOURS, COLOURS[:3]])] == [(7, 5), (7, 3)]
+
+
+@pytest.mark.parametrize("like, width, height, expected", [
+    ((1024, 1024), None, None, (1024, 1024)), ((1, 1), None, None, (1024, 1024)), ((1600, 900), None, None, (1360, 768)),
+    ((640, 480), 512, None, (512, 384)), ((640, 480), None, 768, (1024, 768)), ((640, 480), 100, 200, (100, 200)),
+    ((1, 100_000), None, None, (16, 16_384)),
+])
+def test_the_size_to_paint_has_the_pictures_shape(like, width, height, expected):
+    assert natural_size(like, 1024 ** 2, width, height) == expected
+
+
+def test_a_rounded_size_is_said(caplog):
+    with caplog.at_level(logging.WARNING):
+        assert round_size(100, 64) == (96, 64)
+    assert len(caplog.records) == 1 and round_size(96, 64) == (96, 64) and len(caplog.records) == 1
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the pictures lie beside the repository")
+def test_real_pictures_are_read_at_their_own_size():
+    assert size_of(read_picture(SHARED / "robot.webp")) == (840, 840) and size_of(read_picture(SHARED / "cup_mask.png")) == (1232, 1632)
