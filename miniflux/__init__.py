@@ -12,8 +12,10 @@ from types import ModuleType
 
 __version__ = "0.1.0"
 
-_NAMES = {"load": "flux", "Flux": "flux", "FluxConfig": "flux", "Prompt": "prompt", "encode_prompt": "prompt",
-          "generate": "generate"}
+_FILES = ("generate", "image_to_image", "inpaint", "fill", "control", "redux", "kontext_edit", "kontext_inpaint", "canny")
+_NAMES = {"load": "flux", "Flux": "flux", "FluxConfig": "flux", "add_redux": "flux", "Prompt": "prompt", "encode_prompt": "prompt",
+          "redux_prompt": "redux", "mask_from_alpha": "masks", "blur_mask": "masks", "expand_canvas": "masks",
+          **dict(zip(_FILES, _FILES))}
 __all__ = ["__version__", *_NAMES]
 
 

@@ -11,6 +11,7 @@ from .checkpoints.hub import OFFICIAL, cache_folder, find_in_cache, find_or_down
 from .networks.autoencoder import Autoencoder
 from .networks.clip import CLIPText
 from .networks.mmdit import MMDiT
+from .networks.siglip import ReduxEmbedder, SigLIP
 from .networks.t5 import T5
 from .networks.tokenizers import CLIPTokenizer, T5Tokenizer
 
@@ -23,9 +24,11 @@ PARTS = {
     "text_encoder_2": ("text_encoder_2/*.safetensors", "t5xxl*.safetensors", "text_encoder_2"),
     "tokenizer": ("tokenizer",),
     "tokenizer_2": ("tokenizer_2",),
+    "image_embedder": ("image_embedder", "flux1-redux*.safetensors"),
 }
 # Where the text encoders come from when a folder in the original layout brings none.
 TEXT_ENCODERS = {"": "openai/clip-vit-large-patch14", "_2": "google/t5-v1_1-xxl"}
+IMAGE_ENCODER = "google/siglip-so400m-patch14-384"         # and Redux's, where its folder brings none
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,8 @@ class Flux:
     mmdit: MMDiT
     autoencoder: Autoencoder | None
     config: FluxConfig
+    siglip: SigLIP | None = None
+    redux: ReduxEmbedder | None = None
 
 
 def find_device(name: torch.device | str | None = None) -> torch.device:
@@ -90,8 +95,8 @@ def load(source: str | Path = "tiny", *, device: torch.device | str | None = Non
          transformer: str | Path | None = None) -> Flux:
     """Load a FLUX.1 model.
 
-    source: a shipped name ("tiny"), an official short name ("schnell", "dev", "krea", "fill", "canny", "depth", "kontext"),
-    a Hub id, or a folder in the diffusers or in the original layout. transformer: a single file or folder whose transformer
+    source: a shipped name ("tiny"), an official short name ("schnell", "dev", "krea", "fill", "canny", "depth", "kontext"; "redux"
+    is dev with `add_redux`), a Hub id, or a folder in the diffusers or in the original layout. transformer: a single file or folder whose transformer
     replaces the source's. device: CUDA, then MPS, then CPU by default. dtype: bfloat16 on accelerators, float32 on the CPU
     by default.
 
@@ -103,6 +108,8 @@ def load(source: str | Path = "tiny", *, device: torch.device | str | None = Non
     folder = find_source(source)
     if not folder.is_dir():
         raise ValueError(f"{folder} is a file: load a folder, and give a single file as transformer=")
+    if find_part(folder, "image_embedder") and not find_part(folder, "transformer"):
+        return add_redux(load("dev", device=device, dtype=dtype, transformer=transformer), folder)
     override = None if transformer is None else Path(transformer).expanduser()
     if override and not override.exists():
         raise FileNotFoundError(f"the transformer {transformer} does not exist: expected a file or a folder")
@@ -118,7 +125,44 @@ def load(source: str | Path = "tiny", *, device: torch.device | str | None = Non
                 mmdit, part("vae", layouts.load_autoencoder),
                 read_config(str(source), folder, mmdit, t5_tokenizer, own_schedule=override is None))
     check_fit(flux, folder)
-    return flux
+    return add_redux(flux, folder) if "image_embedder" in files else flux
+
+
+def add_redux(flux: Flux, source: str | Path, image_encoder: str | Path | None = None) -> Flux:
+    """The model with Redux: it then reads pictures as it reads text (`redux`, `redux_prompt`). Seam: model -> model.
+
+    source: "redux", a Hub id, Redux's folder, or its file `flux1-redux-dev.safetensors`. image_encoder: a folder with SigLIP's
+    vision tower; by default the one in the source, else google/siglip-so400m-patch14-384 from the local cache.
+
+    Raises FileNotFoundError for what is not there, ValueError for what is not Redux or does not fit this model."""
+    path = find_source(source)
+    embedder, = [path] if path.is_file() else find_part(path, "image_embedder")[:1] or [None]
+    if embedder is None:
+        raise ValueError(f"{path} holds no Redux: it has no folder image_embedder/ and no file flux1-redux-dev.safetensors")
+    beside = path / "image_encoder" if path.is_dir() else path.parent / "image_encoder"
+    encoder = Path(image_encoder).expanduser() if image_encoder else beside if beside.is_dir() else find_in_cache(IMAGE_ENCODER)
+    if encoder is None or not encoder.is_dir():
+        raise FileNotFoundError(f"Redux reads pictures through SigLIP, which is neither in {beside} nor in {cache_folder()}: give "
+                                f"the folder of {IMAGE_ENCODER} as image_encoder=")
+    weight = flux.mmdit.img_in.weight
+    siglip = layouts.load_siglip(encoder, weight.device, weight.dtype)
+    redux = layouts.load_redux(embedder, weight.device, weight.dtype)
+    have = siglip.config.hidden_size, redux.config.txt_in_features
+    if have != (need := (redux.config.redux_dim, flux.mmdit.config.context_in_dim)):
+        raise ValueError(f"{embedder} does not fit: SigLIP's tokens and Redux's are {have[0]} and {have[1]} wide, expected "
+                         f"{need[0]} and {need[1]}")
+    return replace(flux, siglip=siglip, redux=redux)
+
+
+def find_part(folder: Path, part: str) -> list[Path]:
+    """The files, or the folder, of a part; none if it is not there."""
+    for pattern in PARTS[part]:
+        found = sorted(folder.glob(pattern))
+        if part == "transformer":                           # Redux's file has the name of one
+            found = [path for path in found if not path.name.startswith("flux1-redux")]
+        if found:
+            return found
+    return []
 
 
 def find_parts(folder: Path, transformer: Path | None = None) -> dict[str, Path]:
@@ -128,8 +172,8 @@ def find_parts(folder: Path, transformer: Path | None = None) -> dict[str, Path]
     if name is not None and not str(name).startswith("Flux"):
         raise ValueError(f"{index} describes a {name!r:.60}, expected a FluxPipeline")
     files = {}
-    for part, patterns in PARTS.items():
-        found = next(filter(None, (sorted(folder.glob(pattern)) for pattern in patterns)), [])
+    for part in PARTS:
+        found = find_part(folder, part)
         if found:
             files[part] = found[0] if found[0].parent == folder else found[0].parent
         if part == "transformer" and len(found) > 1 and found[0].parent == folder and transformer is None:

@@ -19,14 +19,19 @@ from diffusers import (
     AutoencoderKL,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
+    FluxPriorReduxPipeline,
     FluxTransformer2DModel,
 )
+from diffusers.pipelines.flux.modeling_flux import ReduxImageEncoder
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTokenizer,
+    SiglipImageProcessor,
+    SiglipVisionConfig,
+    SiglipVisionModel,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
@@ -59,9 +64,10 @@ def transformer(guidance: bool = True, in_channels: int = 64, seed: int = 0, lay
         guidance_embeds=guidance, axes_dims_rope=(4, 4, 8)), seed)
 
 
-def vae(widths: tuple[int, ...] = (8, 16, 24, 24), groups: int = 4, blocks: int = 1, seed: int = 1) -> AutoencoderKL:
+def vae(widths: tuple[int, ...] = (8, 16, 24, 24), groups: int = 4, blocks: int = 1, seed: int = 1, sample_size: int = 32
+        ) -> AutoencoderKL:
     return randomise(AutoencoderKL(
-        block_out_channels=widths, layers_per_block=blocks, norm_num_groups=groups, latent_channels=16,
+        sample_size=sample_size, block_out_channels=widths, layers_per_block=blocks, norm_num_groups=groups, latent_channels=16,
         down_block_types=("DownEncoderBlock2D",) * len(widths), up_block_types=("UpDecoderBlock2D",) * len(widths),
         use_quant_conv=False, use_post_quant_conv=False, scaling_factor=0.3611, shift_factor=0.1159), seed)
 
@@ -82,6 +88,13 @@ def t5(vocab_size: int = 300, d_model: int = 32, seed: int = 3) -> T5EncoderMode
         for block in model.encoder.block:                                       # T5 learns its 1/√d_kv
             block.layer[0].SelfAttention.q.weight /= 12 ** 0.5
     return model
+
+
+def siglip(hidden: int = 24, patches: int = 3, seed: int = 4) -> SiglipVisionModel:
+    """Pictures of 26 x 26 in patches of 8: as in the official one, some pixels are left over."""
+    return randomise(SiglipVisionModel(SiglipVisionConfig(
+        hidden_size=hidden, intermediate_size=2 * hidden + 1, num_hidden_layers=3, num_attention_heads=4, image_size=8 * patches + 2,
+        patch_size=8)), seed)
 
 
 def clip_state(model: CLIPTextModel) -> dict[str, Tensor]:
@@ -154,7 +167,8 @@ def train_t5_tokenizer(folder: Path, pieces: int = 120) -> int:
     return len(vocabulary)
 
 
-def small_pipeline(folder: Path, guidance: bool = True, in_channels: int = 64) -> Path:
+def small_pipeline(folder: Path, guidance: bool = True, in_channels: int = 64, sample_size: int = 32,
+                   layers: tuple[int, int] = (2, 3)) -> Path:
     """A whole FLUX.1 in the diffusers layout, in float32: dev's with guidance, schnell's without; returns the folder."""
     folder = Path(folder)
     clip_tokens, t5_tokens = train_clip_tokenizer(folder / "tokenizer"), train_t5_tokenizer(folder / "tokenizer_2")
@@ -165,11 +179,23 @@ def small_pipeline(folder: Path, guidance: bool = True, in_channels: int = 64) -
             max_shift=1.15, base_image_seq_len=256, max_image_seq_len=4096),
         tokenizer=CLIPTokenizer.from_pretrained(folder / "tokenizer"),
         tokenizer_2=T5Tokenizer.from_pretrained(folder / "tokenizer_2"),
-        text_encoder=text_encoder, text_encoder_2=t5(t5_tokens + 3), vae=vae(),  # T5 has spare rows, as the official one
-        transformer=transformer(guidance, in_channels)).save_pretrained(folder)
+        text_encoder=text_encoder, text_encoder_2=t5(t5_tokens + 3), vae=vae(sample_size=sample_size),  # T5 has spare rows, as the official one
+        transformer=transformer(guidance, in_channels, layers=layers)).save_pretrained(folder)
     # What transformers 5 writes differs from the official folders: put back the official form.
     save_file(clip_state(text_encoder), folder / "text_encoder" / "model.safetensors", metadata={"format": "pt"})
     for name, train in (("tokenizer", train_clip_tokenizer), ("tokenizer_2", train_t5_tokenizer)):
         shutil.rmtree(folder / name)
         train(folder / name)
+    return folder
+
+
+def small_redux(folder: Path, seed: int = 5) -> Path:
+    """A whole Redux in the diffusers layout, for the small pipeline; returns the folder."""
+    tower = siglip()
+    size = tower.config.image_size
+    FluxPriorReduxPipeline(
+        image_encoder=tower, feature_extractor=SiglipImageProcessor(size={"height": size, "width": size}),
+        image_embedder=randomise(ReduxImageEncoder(redux_dim=tower.config.hidden_size, txt_in_features=32), seed)).save_pretrained(folder)
+    state = {"vision_model." + name.removeprefix("vision_model."): value for name, value in tower.state_dict().items()}
+    save_file(state, folder / "image_encoder" / "model.safetensors", metadata={"format": "pt"})  # the published form
     return folder

@@ -18,8 +18,10 @@ OFFICIAL = {
     "redux": "black-forest-labs/FLUX.1-Redux-dev",
 }
 # Note: the same transformer and autoencoder also lie beside the folders, as flux1-*.safetensors (24 GB) and ae.safetensors.
-WANTED = ["model_index.json", "scheduler/*", "text_encoder*/*", "tokenizer*/*", "transformer/*", "vae/*"]
-TRANSFORMER = ["transformer/*.safetensors", "flux1*.safetensors"]    # in a snapshot that is more than a few stray files
+WANTED = ["model_index.json", "scheduler/*", "text_encoder*/*", "tokenizer*/*", "transformer/*", "vae/*", "image_encoder/*",
+          "image_embedder/*"]
+# In a snapshot that is more than a few stray files.
+WEIGHTS = ["transformer/*.safetensors", "flux1*.safetensors", "image_embedder/*.safetensors"]
 
 
 def cache_folder() -> Path:
@@ -44,7 +46,7 @@ def find_or_download(repo: str) -> Path:
 
     Raises FileNotFoundError with what to do when it cannot be had."""
     snapshot = find_in_cache(repo)
-    if snapshot and any(any(snapshot.glob(pattern)) for pattern in TRANSFORMER):
+    if snapshot and any(any(snapshot.glob(pattern)) for pattern in WEIGHTS):
         return snapshot
     try:
         from huggingface_hub import snapshot_download

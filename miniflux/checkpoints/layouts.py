@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from ..networks.autoencoder import Autoencoder, AutoencoderConfig
 from ..networks.clip import CLIPConfig, CLIPText
 from ..networks.mmdit import MMDiT, MMDiTConfig
+from ..networks.siglip import ReduxConfig, ReduxEmbedder, SigLIP, SigLIPConfig
 from ..networks.t5 import T5, T5Config
 from .formats import listing, read_json, read_safetensors, read_sharded
 from .names import (
@@ -226,9 +227,14 @@ def clip_config(values: dict, source: Path) -> CLIPConfig:
     check_class(values, ("CLIPTextModel", "CLIPModel", "CLIPTextModelWithProjection"), source)
     text = values.get("text_config")
     values = values | text if isinstance(text, dict) else values
-    config = pick(CLIPConfig, values, {field.name: field.name for field in fields(CLIPConfig)}, source)
-    if (activation := values.get("hidden_act", "quick_gelu")) != "quick_gelu":
-        raise ValueError(f"{source}: hidden_act is {activation!r:.60}, expected 'quick_gelu', CLIP-L's")
+    return tower_config(CLIPConfig, values, source)
+
+
+def tower_config(kind: type, values: dict, source: Path):
+    """Sizes of one of CLIP's or SigLIP's transformers, whose config has the names that its fields have here."""
+    config = pick(kind, values, {field.name: field.name for field in fields(kind) if field.name != "hidden_act"}, source)
+    if (activation := values.get("hidden_act", kind.hidden_act)) != kind.hidden_act:
+        raise ValueError(f"{source}: hidden_act is {activation!r:.60}, expected {kind.hidden_act!r}")
     if config.hidden_size % config.num_attention_heads:
         raise ValueError(f"{source}: {config.hidden_size} channels cannot be shared by {config.num_attention_heads} heads")
     return config
@@ -274,3 +280,29 @@ def t5_config(values: dict, state: State, source: Path) -> T5Config:
                          "do not fit together")
     return T5Config(d_model=shared.shape[1], d_kv=len(q) // heads, d_ff=len(wi), vocab_size=len(shared), num_heads=heads,
                     num_layers=count(set(state), "encoder.block"), num_buckets=buckets, max_distance=reach)
+
+
+def load_siglip(path: Path, device="cpu", dtype=None) -> SigLIP:
+    """SigLIP's vision tower from a folder `image_encoder/` or that of a whole SigLIP."""
+    source = path / "config.json"
+    values = read_json(source)
+    check_class(values, ("SiglipVisionModel", "SiglipModel"), source)
+    vision = values.get("vision_config")
+    # Note: transformers leaves out of a config what is its default, which is the base model's and not ours.
+    base = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, image_size=224, patch_size=16)
+    config = tower_config(SigLIPConfig, base | values | (vision if isinstance(vision, dict) else {}), source)
+    if config.image_size < config.patch_size:
+        raise ValueError(f"{source}: patches of {config.patch_size} do not fit into pictures of {config.image_size} pixels")
+    # Note: newer transformers leave the prefix out; the head pools the tokens, which Redux takes as they are.
+    state = {k if k.startswith("vision_model.") else f"vision_model.{k}": v for k, v in read_sharded(path, "model").items()
+             if not k.startswith(("text_model.", "logit_", "head.", "vision_model.head.")) and not k.endswith("position_ids")}
+    return build(SigLIP, config, state, path, device, dtype)
+
+
+def load_redux(path: Path, device="cpu", dtype=None) -> ReduxEmbedder:
+    """Redux's embedder from a folder `image_embedder/` or from the file `flux1-redux-dev.safetensors`."""
+    state = read_sharded(path, "diffusion_pytorch_model") if path.is_dir() else read_safetensors(path)
+    up, down = (state.get(f"redux_{name}.weight") for name in ("up", "down"))
+    if up is None or down is None or up.ndim != 2 or down.ndim != 2 or 0 in up.shape:
+        raise ValueError(f"{path} is not a Redux embedder: it lacks redux_up or redux_down")
+    return build(ReduxEmbedder, ReduxConfig(up.shape[1], len(down)), state, path, device, dtype)

@@ -24,11 +24,19 @@ class CLIPConfig:
     vocab_size: int = 49408
     max_position_embeddings: int = 77
     layer_norm_eps: float = 1e-5
+    hidden_act: str = "quick_gelu"
 
 
 def quick_gelu(x: Tensor) -> Tensor:
     """x · sigmoid(1.702 x), the approximation CLIP was trained with."""
     return x * torch.sigmoid(1.702 * x)
+
+
+def tanh_gelu(x: Tensor) -> Tensor:
+    return F.gelu(x, approximate="tanh")
+
+
+ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu_pytorch_tanh": tanh_gelu}
 
 
 class CLIPAttention(nn.Module):
@@ -48,24 +56,25 @@ class CLIPAttention(nn.Module):
 
 
 class CLIPMLP(nn.Module):
-    def __init__(self, width: int, inner: int):
+    def __init__(self, width: int, inner: int, activation: str):
         super().__init__()
+        self.activation = ACTIVATIONS[activation]
         self.fc1 = nn.Linear(width, inner)
         self.fc2 = nn.Linear(inner, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(quick_gelu(self.fc1(x)))
+        return self.fc2(self.activation(self.fc1(x)))
 
 
 class CLIPLayer(nn.Module):
-    """x + attention(norm(x)), then x + MLP(norm(x))."""
+    """x + attention(norm(x)), then x + MLP(norm(x)). `config` may be any with these sizes: SigLIP has the same layers."""
 
     def __init__(self, config: CLIPConfig):
         super().__init__()
         width, eps = config.hidden_size, config.layer_norm_eps
         self.self_attn = CLIPAttention(width, config.num_attention_heads)
         self.layer_norm1 = nn.LayerNorm(width, eps=eps)
-        self.mlp = CLIPMLP(width, config.intermediate_size)
+        self.mlp = CLIPMLP(width, config.intermediate_size, config.hidden_act)
         self.layer_norm2 = nn.LayerNorm(width, eps=eps)
 
     def forward(self, x: Tensor, is_causal: bool) -> Tensor:

@@ -1,0 +1,92 @@
+"""Redux: variations of a picture (FLUX.1 Redux). The picture becomes text tokens: it is read, not copied.
+
+    python -m miniflux.redux --image robot.webp --model redux
+    python -m miniflux.redux --image fox.png owl.png --scales 0.7 0.3 --prompt "at night" --model redux
+
+SigLIP's patch tokens go through a small embedder into the width of T5's tokens and are appended to the prompt's. The seam: what
+enters the transformer. `redux_prompt` returns the result as a `Prompt`, which every other task accepts too.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from .flux import Flux
+from .generate import paint
+from .images import BICUBIC, Picture, Pictures, check_number, fit, read_each
+from .prompt import Prompt, Text, encode_prompt, move, text_length
+from .sampling import OnStep
+from .settings import resolve
+
+
+@torch.inference_mode()
+def redux(flux: Flux, image: Picture | list[Picture], *, prompt: str | Prompt | None = "",
+          scales: float | Sequence[float] | None = None, width: int | None = None, height: int | None = None,
+          steps: int | None = None, guidance: float | None = None, seed: int = 0, num_images: int = 1,
+          negative_prompt: Text | None = None, true_cfg: float = 1.0, sigmas: Sequence[float] | None = None,
+          max_text_tokens: int | None = None, output: str = "pil", progress: bool = True, on_step: OnStep | None = None
+          ) -> Pictures:
+    """Paint variations of a picture, or of a mixture of several.
+
+    image, prompt, scales: see `redux_prompt`. The other keywords are those of `generate`; the makers of the model recommend
+    guidance 2.5 and 50 steps. Raises ValueError for a model without Redux: `load("redux")`, or `add_redux`.
+    Reference: diffusers' `FluxPriorReduxPipeline`, followed by its `FluxPipeline`."""
+    call = resolve("redux", flux, width, height, steps, guidance, seed, num_images, negative_prompt, true_cfg, sigmas,
+                   max_text_tokens, output, progress, on_step)
+    return paint(flux, redux_prompt(flux, image, prompt=prompt, scales=scales, max_text_tokens=max_text_tokens), call)
+
+
+@torch.inference_mode()
+def redux_prompt(flux: Flux, image: Picture | list[Picture], *, prompt: str | Prompt | None = "",
+                 scales: float | Sequence[float] | None = None, pooled_scales: float | Sequence[float] | None = None,
+                 max_text_tokens: int | None = None) -> Prompt:
+    """The one prompt that n pictures and a text make: txt (1, L + N, ·), the text's tokens and then the pictures', and vec (1, ·).
+
+    image: one picture or a list, of any sizes. prompt: a text; None for zeros in its place. scales: the weight of each picture,
+    together with the text; several pictures are summed, so the weights should add up to about 1 (default: 1/n each).
+    pooled_scales: the same for vec (default: as scales).
+
+    Raises ValueError or FileNotFoundError for what is no picture, or a model without Redux."""
+    if flux.siglip is None or flux.redux is None:
+        raise ValueError(f'the model {flux.config.name} has no Redux: load("redux"), or add it with add_redux(flux, source)')
+    pictures = read_each(image, "image")
+    size, weight = flux.siglip.config.image_size, next(flux.siglip.parameters())
+    tokens = flux.redux(flux.siglip(fit(pictures, size, size, BICUBIC).to(weight)))  # (n, N, context_in_dim)
+    text = encode_prompt(flux, prompt, max_text_tokens) if prompt is not None else no_text(flux, max_text_tokens)
+    if len(text) > 1:
+        raise ValueError(f"redux takes one prompt for all its pictures, got {len(text)}: call once for each")
+    txt_scales = weights("scales", 1 / len(pictures) if scales is None else scales, len(pictures)).to(tokens)
+    vec_scales = txt_scales if pooled_scales is None else weights("pooled_scales", pooled_scales, len(pictures)).to(tokens)
+    txt = torch.cat([text.txt.expand(len(pictures), -1, -1).to(tokens), tokens], dim=1)  # (n, L + N, context_in_dim)
+    return move(Prompt((txt_scales[:, None, None] * txt).sum(0, keepdim=True),
+                       (vec_scales[:, None] * text.vec.to(tokens)).sum(0, keepdim=True)), flux)
+
+
+def no_text(flux: Flux, max_text_tokens: int | None) -> Prompt:
+    """Zeros in the place of a text, as diffusers has it where no text encoders are loaded."""
+    sizes = flux.mmdit.config
+    return Prompt(torch.zeros(1, text_length(flux, max_text_tokens), sizes.context_in_dim), torch.zeros(1, sizes.vec_in_dim))
+
+
+def weights(name: str, values: float | Sequence[float], count: int) -> torch.Tensor:
+    """One number for each picture: (count,)."""
+    values = [values] * count if isinstance(values, (int, float)) else list(values)
+    if len(values) != count:
+        raise ValueError(f"there are {len(values)} {name} for {count} pictures: give one number, or one for each")
+    for value in values:
+        check_number(f"each of the {name}", value, -100, 100)
+    return torch.tensor(values, dtype=torch.float32)
+
+
+def main() -> None:
+    from . import cli
+
+    parser = cli.parser("redux", "Paint variations of a picture.", prompt=False)
+    parser.add_argument("--image", nargs="+", required=True, help="the picture, or several to be mixed (required)")
+    parser.add_argument("--prompt", default="", help="a text beside the picture (default: none)")
+    parser.add_argument("--scales", type=float, nargs="+", help="the weight of each picture (default: all alike, 1 in sum)")
+    cli.run(parser, redux)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,294 @@
+"""The image-conditioned tasks without the references: identities, sizes, mistakes. Oracle: by hand; parity is in tests/parity."""
+
+import copy
+import importlib
+import logging
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from reference import small_pipeline, small_redux
+from test_images import SHARED
+
+from miniflux import (
+    add_redux,
+    control,
+    expand_canvas,
+    fill,
+    generate,
+    image_to_image,
+    inpaint,
+    kontext_edit,
+    kontext_inpaint,
+    load,
+    redux,
+    redux_prompt,
+)
+from miniflux.generate import encode
+from miniflux.images import fit
+from miniflux.kontext_edit import PREFERRED, seen_size
+
+SMALL = dict(steps=2, max_text_tokens=8, progress=False)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Input channels -> a small random model."""
+    return {n: load(small_pipeline(tmp_path_factory.mktemp("tasks") / f"flux{n}", in_channels=n), device="cpu") for n in (64, 128, 384)}
+
+
+@pytest.fixture(scope="module")
+def flux(models):
+    return models[64]
+
+
+@pytest.fixture(scope="module")
+def picture() -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8))
+
+
+@pytest.fixture(scope="module")
+def mask() -> Image.Image:
+    mask = Image.new("L", (64, 48))
+    mask.paste(255, (16, 8, 40, 32))
+    return mask
+
+
+ALL = {
+    "image_to_image": (64, lambda flux, p, m, **k: image_to_image(flux, "an owl", p, **k)),
+    "inpaint": (64, lambda flux, p, m, **k: inpaint(flux, "an owl", p, m, **k)),
+    "fill": (384, lambda flux, p, m, **k: fill(flux, "an owl", p, m, **k)),
+    "control": (128, lambda flux, p, m, **k: control(flux, "an owl", p, **k)),
+    "kontext_edit": (64, lambda flux, p, m, **k: kontext_edit(flux, "an owl", p, **k)),
+    "kontext_inpaint": (64, lambda flux, p, m, **k: kontext_inpaint(flux, "an owl", p, m, **k)),
+}
+
+
+@pytest.mark.parametrize("task", ALL)
+def test_a_batch_equals_its_singles(models, picture, mask, task):
+    channels, paint = ALL[task]
+    keywords = SMALL | dict(width=64, height=48, output="tensor")
+    batch = paint(models[channels], picture, mask, num_images=2, seed=5, **keywords)
+    singles = [paint(models[channels], picture, mask, seed=seed, **keywords) for seed in (5, 6)]
+    assert torch.allclose(batch, torch.cat(singles), atol=1e-4) and not torch.allclose(batch[0], batch[1], atol=1e-2)
+
+
+@pytest.mark.parametrize("task", ALL)
+def test_true_cfg_of_one_and_an_unchanged_seed_change_nothing(models, picture, mask, task):
+    channels, paint = ALL[task]
+    keywords = SMALL | dict(width=64, height=48, output="latents")
+    a, b = (paint(models[channels], picture, mask, **keywords, **more) for more in ({}, dict(negative_prompt="a cat", true_cfg=1.0)))
+    assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("task", ALL)
+@pytest.mark.parametrize("wanted", [64, 128, 384])
+def test_a_task_says_which_model_it_needs(models, picture, mask, task, wanted):
+    channels, paint = ALL[task]
+    if wanted != channels:
+        with pytest.raises(ValueError, match=f"{task} needs a transformer with {channels} input channels, as that of the model"):
+            paint(models[wanted], picture, mask, **SMALL)
+
+
+def test_generate_says_so_too(models):
+    with pytest.raises(ValueError, match="generate needs a transformer with 64 input channels, as that of the model dev; .* has 384"):
+        generate(models[384], "an owl", **SMALL)
+
+
+@pytest.mark.parametrize("task", ALL)
+def test_no_network_runs_twice_for_the_same_input(models, picture, mask, task):
+    channels, paint = ALL[task]
+    seen = []
+    hooks = [network.register_forward_hook(lambda module, args, out: seen.append((type(module), args[0].double().sum().item())))
+             for network in (models[channels].autoencoder.encoder, models[channels].clip, models[channels].t5)]
+    paint(models[channels], picture, mask, width=64, height=48, **SMALL)
+    for hook in hooks:
+        hook.remove()
+    assert len(seen) == len(set(seen)) == 3                                     # the picture, and the prompt by two encoders
+
+
+@pytest.mark.parametrize("task", ALL)
+def test_in_bfloat16_the_picture_is_nearly_the_same(models, picture, mask, task):
+    channels, paint = ALL[task]
+    flux, keywords = models[channels], SMALL | dict(width=64, height=48, output="tensor")
+    half = replace(flux, **{part: copy.deepcopy(getattr(flux, part)).bfloat16() for part in ("clip", "t5", "mmdit", "autoencoder")})
+    error = (paint(half, picture, mask, **keywords) - paint(flux, picture, mask, **keywords)).square().mean()
+    assert 0 < error < 0.01                                                     # above 20 dB
+
+
+# ----------------------------------------------------------------------------------------------------------- identities
+
+
+def test_at_a_small_strength_little_changes(flux, picture):
+    z = encode(flux, fit([picture], 64, 48))
+    changes = [(image_to_image(flux, "an owl", picture, strength=s, width=64, height=48, steps=50, guidance=0.0, max_text_tokens=8,
+                               output="latents", progress=False) - z).square().mean() for s in (0.02, 0.5, 1.0)]
+    assert changes[0] < changes[1] < changes[2]
+
+
+@pytest.mark.parametrize("paint, channels", [(inpaint, 64), (kontext_inpaint, 64)], ids=["inpaint", "kontext_inpaint"])
+def test_outside_the_mask_the_latents_arrive_where_they_were(models, picture, mask, paint, channels):
+    flux = models[channels]
+    result = paint(flux, "an owl", picture, mask, strength=1.0, width=64, height=48, output="latents", **SMALL)
+    z, inside = encode(flux, fit([picture], 64, 48)), torch.zeros(6, 8, dtype=bool)
+    inside[1:4, 2:5] = True
+    assert torch.allclose(result[..., ~inside], z[..., ~inside], atol=1e-5) and not torch.allclose(result[..., inside], z[..., inside], atol=0.1)
+
+
+def test_a_white_mask_makes_inpaint_image_to_image(flux, picture):
+    keywords = SMALL | dict(width=64, height=48, output="latents")
+    assert torch.equal(inpaint(flux, "an owl", picture, Image.new("L", (64, 48), 255), **keywords),
+                       image_to_image(flux, "an owl", picture, **keywords))
+
+
+def test_image_to_image_at_strength_one_is_generate(flux, picture):
+    keywords = SMALL | dict(width=64, height=48, output="latents", guidance=3.5)
+    assert torch.equal(image_to_image(flux, "an owl", picture, strength=1.0, **keywords), generate(flux, "an owl", **keywords))
+
+
+def test_pasting_back_keeps_every_pixel_outside_the_mask(models, picture, mask):
+    outside = np.asarray(mask) == 0
+    for given, size in ((picture, {}), (picture, dict(width=64, height=48))):
+        painted, = fill(models[384], "an owl", given, mask, paste_back=True, **size, **SMALL)
+        assert painted.size == (64, 48)
+        assert np.array_equal(np.asarray(painted)[outside], np.asarray(picture)[outside])
+        assert not np.array_equal(np.asarray(painted)[~outside], np.asarray(picture)[~outside])
+    as_tensor = fill(models[384], "an owl", picture, mask, paste_back=True, output="tensor", width=64, height=48, **SMALL)
+    assert np.array_equal((as_tensor[0].permute(1, 2, 0) * 255).round().byte().numpy(), np.asarray(painted))
+
+
+def test_painting_around_the_mask_keeps_the_rest_and_the_size(flux, mask):
+    photo = Image.fromarray(np.random.default_rng(1).integers(0, 256, (96, 200, 3), dtype=np.uint8))
+    hole = Image.new("L", photo.size)
+    hole.paste(255, (100, 40, 140, 70))
+    outside = np.asarray(hole) == 0
+    for paint in (inpaint, kontext_inpaint):
+        painted, = paint(flux, "an owl", photo, hole, mask_padding=8, width=64, height=64, **SMALL)
+        assert painted.size == photo.size and np.array_equal(np.asarray(painted)[outside], np.asarray(photo)[outside])
+        assert not np.array_equal(np.asarray(painted)[~outside], np.asarray(photo)[~outside])
+
+
+def test_outpainting_fills_what_expand_canvas_adds(models, picture):
+    canvas, mask = expand_canvas(picture, right=32)
+    painted, = fill(models[384], "a meadow", canvas, mask, paste_back=True, **SMALL)
+    assert painted.size == (96, 48) and np.array_equal(np.asarray(painted)[:, :64], np.asarray(picture))
+
+
+# ---------------------------------------------------------------------------------------------------------------- sizes
+
+
+@pytest.mark.parametrize("task", ALL)
+def test_the_result_has_the_pictures_shape_at_the_models_number_of_pixels(models, task):
+    """The small model's square is 32 x 32."""
+    channels, paint = ALL[task]
+    photo, hole = Image.new("RGB", (400, 100)), Image.new("L", (400, 100), 255)
+    expected = (64, 16) if "kontext" not in task else seen_size(models[64], (400, 100), True)
+    assert paint(models[channels], photo, hole, **SMALL)[0].size == expected
+    assert paint(models[channels], photo, hole, width=32, **SMALL)[0].size[0] == 32
+    assert paint(models[channels], photo, hole, width=32, height=48, **SMALL)[0].size == (32, 48)
+
+
+@pytest.mark.parametrize("size, expected", [((1000, 1000), (1024, 1024)), ((4000, 3000), (1184, 880)), ((300, 3000), (672, 1568)),
+                                            ((1360, 768), (1392, 752)), ((8, 9), (1024, 1024))])
+def test_kontext_sees_one_of_seventeen_shapes(flux, size, expected):
+    full = replace(flux, config=replace(flux.config, size=1024))
+    assert seen_size(full, size, True) == expected and len(set(PREFERRED)) == 17
+    assert seen_size(full, size, False) == tuple(max(n // 16 * 16, 16) for n in size)
+
+
+def test_kontext_paints_exactly_the_size_that_is_asked_for(flux, picture):
+    assert kontext_edit(flux, "an owl", picture, width=80, height=32, **SMALL)[0].size == (80, 32)
+    assert kontext_edit(flux, "an owl", picture, width=80, height=32, max_area=64 * 64, **SMALL)[0].size == (96, 32)
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the pictures lie beside the repository")
+def test_real_pictures_with_a_mask_of_another_size(models, caplog):
+    with caplog.at_level(logging.WARNING):
+        painted, = fill(models[384], "a cup", SHARED / "robot.webp", SHARED / "cup_mask.png", paste_back=True, **SMALL)
+    assert [r.message for r in caplog.records] == ["the mask of 1232 x 1632 is resized to the picture's 840 x 840"]
+    robot = Image.open(SHARED / "robot.webp").convert("RGB")
+    mask = np.asarray(Image.open(SHARED / "cup_mask.png").convert("L").resize((840, 840), Image.Resampling.LANCZOS))
+    assert painted.size == (840, 840) and np.array_equal(np.asarray(painted)[mask < 128], np.asarray(robot)[mask < 128])
+
+
+# ---------------------------------------------------------------------------------------------------------------- redux
+
+
+@pytest.fixture(scope="module")
+def redux_folder(tmp_path_factory):
+    return small_redux(tmp_path_factory.mktemp("redux") / "redux")
+
+
+def test_a_redux_prompt_serves_every_task(flux, redux_folder, picture):
+    with_redux = add_redux(flux, redux_folder)
+    prompt = redux_prompt(with_redux, picture, prompt="an owl", max_text_tokens=8)
+    assert prompt.txt.shape == (1, 8 + 9, 32)
+    assert image_to_image(flux, prompt, picture, **SMALL)[0].size == (32, 16)
+    assert redux(with_redux, picture, prompt="an owl", **SMALL)[0].size == (32, 32)
+
+
+def test_several_pictures_are_weighted_and_none_is_left_out(flux, redux_folder, picture):
+    """By hand: the sum of the single prompts; by default the mean. Without a text there are zeros."""
+    with_redux, other = add_redux(flux, redux_folder), Image.new("RGB", (20, 90), (200, 10, 90))
+    a, b = (redux_prompt(with_redux, p, prompt=None, max_text_tokens=4) for p in (picture, other))
+    assert not a.txt[:, :4].any() and not a.vec.any()
+    mixed = redux_prompt(with_redux, [picture, other], prompt=None, scales=[0.7, 0.3], max_text_tokens=4)
+    assert torch.allclose(mixed.txt, 0.7 * a.txt + 0.3 * b.txt, atol=1e-5)
+    mean = redux_prompt(with_redux, [picture, other], prompt=None, max_text_tokens=4)
+    assert torch.allclose(mean.txt, (a.txt + b.txt) / 2, atol=1e-5)
+
+
+@pytest.mark.parametrize("keywords, sentence", [
+    (dict(scales=[1.0, 2.0]), "there are 2 scales for 1 pictures"), (dict(scales=float("nan")), "each of the scales is nan"),
+    (dict(prompt=["a", "b"]), "redux takes one prompt for all its pictures, got 2"), (dict(max_text_tokens=0), "max_text_tokens is 0"),
+    (dict(prompt=None, max_text_tokens=10**6), "max_text_tokens is 1000000"),
+])
+def test_redux_answers_a_mistake_in_one_sentence(flux, redux_folder, picture, keywords, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        redux(add_redux(flux, redux_folder), picture, **(SMALL | keywords))
+
+
+def test_a_model_without_redux_says_how_to_add_it(flux, picture):
+    with pytest.raises(ValueError, match="has no Redux: load.*add_redux"):
+        redux(flux, picture, **SMALL)
+
+
+# -------------------------------------------------------------------------------------------------------------- mistakes
+
+
+@pytest.mark.parametrize("task, keywords, sentence", [
+    ("image_to_image", dict(strength=0), "strength is 0: expected a number from 0.001 to 1"),
+    ("inpaint", dict(strength=1.5), "strength is 1.5"),
+    ("fill", dict(strength="much"), "strength is 'much'"),
+    ("inpaint", dict(mask_padding=2.5), "mask_padding is 2.5"),
+    ("control", dict(mask="m.png"), "there is a mask but no image"),
+    ("kontext_edit", dict(max_area=3), "max_area is 3"),
+    ("kontext_edit", dict(width=8), "width is 8: expected a whole number of pixels from 16"),
+    ("kontext_inpaint", dict(height="64"), "height is '64'"),
+    ("image_to_image", dict(width=0), "width is 0"),
+    ("kontext_inpaint", dict(reference="missing.png"), "the reference missing.png does not exist"),
+])
+def test_a_value_out_of_range_gets_one_sentence(models, picture, mask, task, keywords, sentence):
+    channels, paint = ALL[task]
+    with pytest.raises((ValueError, FileNotFoundError), match=sentence):
+        paint(models[channels], picture, mask, **(SMALL | keywords))
+
+
+def test_pictures_that_are_missing_or_do_not_match_get_one_sentence(models, picture, mask):
+    with pytest.raises(ValueError, match="the control image is a NoneType"):
+        control(models[128], "an owl", None, **SMALL)
+    with pytest.raises(ValueError, match="the images of one call must have one size, got 32 x 48, 64 x 64"):
+        kontext_edit(models[64], "an owl", [Image.new("RGB", (64, 64)), Image.new("RGB", (32, 48))], **SMALL)
+    with pytest.raises(ValueError, match="3 pictures are given for 2 to paint"):
+        image_to_image(models[64], ["an owl", "a cat"], [picture] * 3, **SMALL)
+    with pytest.raises(ValueError, match="the mask is empty"):
+        fill(models[384], "an owl", picture, Image.new("L", (64, 48)), **SMALL)
+
+
+def test_every_task_is_the_function_whatever_was_imported_before():
+    import miniflux
+    for name in ("canny", "redux", *ALL):
+        importlib.import_module(f"miniflux.{name}")
+        assert callable(getattr(miniflux, name)) and getattr(miniflux, name).__module__ == f"miniflux.{name}"
