@@ -6,6 +6,7 @@
     picture       one picture of the tiny model, everything loaded, and its share per step
     cold          a fresh process: from the command to the file on disk
     load          peak memory of loading, as a multiple of the checkpoint
+    tasks         a step of each task beside one of generate
     tokenizers    a prompt of 512 tokens
 
 The peer needs `pip install diffusers transformers`.
@@ -21,14 +22,22 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from PIL import Image
 
 from .cli import Parser
-from .flux import find_source, load
+from .control import control
+from .fill import fill
+from .flux import Flux, find_source, load
 from .generate import generate
+from .image_to_image import image_to_image
+from .inpaint import inpaint
+from .kontext_edit import kontext_edit
 from .networks.mmdit import MMDiT, MMDiTConfig
 from .tiny.export import write_mmdit
 
@@ -125,6 +134,34 @@ def bench_load(_: str) -> None:
             print(f"{what:36} {size / 2**20:8.1f} MiB {peak / 2**20:8.1f} MiB {peak / size:7.2f}x")
 
 
+def bench_tasks(source: str) -> None:
+    """Each task on the model's architecture (random weights where its own has other input channels), at the model's size."""
+    flux = load(source, device="cpu")
+    size = flux.config.size
+    picture, mask = Image.effect_noise((size, size), 80).convert("RGB"), Image.new("L", (size, size), 255)
+
+    def widened(times: int) -> Flux:
+        torch.manual_seed(0)
+        config = flux.mmdit.config
+        return replace(flux, mmdit=MMDiT(replace(config, in_channels=times * config.out_channels)).eval())
+
+    control_flux, fill_flux = widened(2), widened(6)
+    tasks: dict[str, Callable] = {
+        "generate": lambda **k: generate(flux, PROMPT, **k),
+        "image_to_image": lambda **k: image_to_image(flux, PROMPT, picture, strength=1.0, **k),
+        "inpaint": lambda **k: inpaint(flux, PROMPT, picture, mask, strength=1.0, **k),
+        "control (twice the channels)": lambda **k: control(control_flux, PROMPT, picture, **k),
+        "fill (six times the channels)": lambda **k: fill(fill_flux, PROMPT, picture, mask, **k),
+        "kontext_edit (twice the tokens)": lambda **k: kontext_edit(flux, PROMPT, picture, **k),
+    }
+    calls = [partial(task, steps=steps, output="latents", progress=False) for task in tasks.values() for steps in (1, 15)]
+    times = medians(*calls, runs=9)
+    steps = [1e3 * (long - short) / 14 for short, long in zip(times[::2], times[1::2])]
+    print(f"\n{'a step':36} {'miniflux':>12} {'/ generate':>12}")
+    for name, ms in zip(tasks, steps):
+        print(f"{name:36} {ms:9.1f} ms {ms / steps[0]:11.2f}x")
+
+
 def bench_tokenizers(source: str) -> None:
     flux = load(source, device="cpu")
     print(f"\n{'a prompt of 512 tokens':36} {'miniflux':>12}")
@@ -134,7 +171,8 @@ def bench_tokenizers(source: str) -> None:
         print(f"{name:36} {1e3 * medians(lambda: tokenizer([next(fresh)], 512), runs=20)[0]:9.2f} ms")
 
 
-BENCHES = {"picture": bench_picture, "cold": bench_cold, "load": bench_load, "tokenizers": bench_tokenizers}
+BENCHES = {"picture": bench_picture, "cold": bench_cold, "load": bench_load, "tasks": bench_tasks,
+           "tokenizers": bench_tokenizers}
 
 
 def main() -> None:
