@@ -55,6 +55,7 @@ class Flux:
     config: FluxConfig
     siglip: SigLIP | None = None
     redux: ReduxEmbedder | None = None
+    loras: object = None               # what `adapters/lora.py` needs to change or undo itself
 
 
 def find_device(name: torch.device | str | None = None) -> torch.device:

@@ -74,6 +74,14 @@ def read_header(path: Path) -> tuple[dict[str, Entry], int]:
     return entries, 8 + length
 
 
+def read_metadata(path: Path) -> dict[str, str]:
+    """The texts that a safetensors file carries beside its tensors."""
+    read_header(path)                                       # refuses what is not such a file
+    with open(path, "rb") as file:
+        metadata = json.loads(file.read(int.from_bytes(file.read(8), "little"))).get("__metadata__")
+    return {str(k): str(v) for k, v in metadata.items()} if isinstance(metadata, dict) else {}
+
+
 def read_entry(entry: dict) -> Entry:
     begin, end = entry["data_offsets"]
     dtype, shape = entry["dtype"], entry["shape"]

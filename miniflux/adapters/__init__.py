@@ -1,0 +1,1 @@
+"""Small files that change a model: a `Flux` in, another `Flux` out."""
