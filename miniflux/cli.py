@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import __version__
+from .adapters.lora import add_lora
 from .flux import Flux, list_models, load
 from .generate import decode
 from .images import check_output, number, save, strip, to_pil
@@ -56,6 +57,8 @@ def parser(task: str, description: str, prompt: bool = True) -> Parser:
     p.add_argument("--true-cfg", type=float, default=1.0, help="scale of two-pass guidance (default 1.0: off)")
     p.add_argument("--sigmas", type=float, nargs="+", help="own falling times in (0, 1], not --steps (default: even)")
     p.add_argument("--max-text-tokens", type=int, help="T5 tokens the prompt is padded to (default: the model's)")
+    p.add_argument("--lora", nargs="+", default=[], metavar="FILE", help="LoRA files to add (default: none)")
+    p.add_argument("--lora-scales", type=float, nargs="+", metavar="SCALE", help="how strongly each of them acts (default: 1)")
     p.add_argument("--device", help="cuda, mps, cpu (default: the first of these there is)")
     p.add_argument("--dtype", choices=DTYPES, help="of the weights (default bfloat16, float32 on the CPU)")
     p.add_argument("--preview", action="store_true", help="also write the picture expected at each step (default: off)")
@@ -110,6 +113,11 @@ def run(p: Parser, paint: Callable, inputs: Callable[[Flux, argparse.Namespace],
         output = check_output(args.output)
         preview = check_output(os.path.splitext(args.output)[0] + "-preview.png") if args.preview else None
         flux = load(args.model, device=args.device, dtype=DTYPES.get(args.dtype), transformer=args.transformer)
+        scales = [1.0] * len(args.lora) if args.lora_scales is None else args.lora_scales
+        if len(scales) != len(args.lora):
+            raise ValueError(f"there are {len(scales)} scales for {len(args.lora)} LoRAs: give one for each")
+        for file, scale in zip(args.lora, scales):
+            flux = add_lora(flux, file, scale)
         states: list[tuple[float, Tensor]] = []
         keywords = {name: value for name, value in vars(args).items() if name in inspect.signature(paint).parameters}
         pictures = paint(flux, **keywords | inputs(flux, args) | {
@@ -117,6 +125,8 @@ def run(p: Parser, paint: Callable, inputs: Callable[[Flux, argparse.Namespace],
             "on_step": (lambda step, t, x: states.append((t, x[:1]))) if preview else None})
         own = {name: value for name, value in vars(args).items() if name not in p.shared and value not in (None, False)}
         metadata = {"prompt": args.prompt, "model": args.model, "version": __version__} | own
+        if args.lora:
+            metadata["lora"] = ", ".join(f"{file} {scale:g}" for file, scale in zip(args.lora, scales))
         for i, picture in enumerate(pictures):
             path = number(output, i, len(pictures))
             save(picture, path, metadata | picture.info)

@@ -5,9 +5,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
-from miniflux import cli, generate, load
+from miniflux import add_lora, cli, generate, load
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +48,22 @@ def test_preview_is_a_strip_that_ends_in_the_picture(folder, tmp_path):
         assert max(abs(a - b) for a, b in zip(last.tobytes(), picture.tobytes())) <= 1
 
 
+def test_loras_are_added_and_written_down(folder, tmp_path):
+    from safetensors.torch import save_file
+    for name, factor in (("a", 0.3), ("b", 0.2)):
+        save_file({"diffusion_model.txt_in.lora_A.weight": torch.full((2, 32), factor), "diffusion_model.txt_in.lora_B.weight":
+                   torch.full((48, 2), factor)}, tmp_path / f"{name}.safetensors")
+    run(folder, "--steps", "1", "--lora", str(tmp_path / "a.safetensors"), str(tmp_path / "b.safetensors"), "--lora-scales", "0.5", "2",
+        "--output", str(tmp_path / "a.png"), "--quiet")
+    flux = add_lora(add_lora(load(folder, device="cpu"), tmp_path / "a.safetensors", 0.5), tmp_path / "b.safetensors", 2.0)
+    expected, = generate(flux, "a red apple", width=32, height=48, steps=1, max_text_tokens=8)
+    with Image.open(tmp_path / "a.png") as picture:
+        assert picture.tobytes() == expected.tobytes() and picture.text["lora"].endswith("b.safetensors 2")
+
+
 @pytest.mark.parametrize("arguments, sentence", [
+    (["--lora", "nowhere.safetensors"], "nowhere.safetensors does not exist"),
+    (["--lora-scales", "0.5"], "there are 1 scales for 0 LoRAs: give one for each"),
     (["--width", "8"], "width is 8: expected a whole number of pixels from 16"),
     (["--width", "wide"], "argument --width: invalid int value: 'wide'"),
     (["--steps", "0"], "steps is 0"),
