@@ -16,8 +16,8 @@ from torch import Tensor
 from . import __version__
 from .adapters.lora import add_lora
 from .flux import Flux, list_models, load
-from .generate import decode
 from .images import check_output, number, save, strip, to_pil
+from .latents import decode
 from .masks import blur_mask, expand_canvas, mask_from_alpha
 from .settings import DEFAULTS, DISTILLED_STEPS
 

@@ -14,8 +14,9 @@ import torch
 
 from .canny import canny
 from .flux import Flux
-from .generate import encode, paint
+from .generate import paint
 from .images import Picture, Pictures, fit, natural_size, read_pictures, size_of
+from .latents import encode
 from .masks import fit_masks, latent_mask, read_masks
 from .prompt import Text
 from .sampling import OnStep, patchify

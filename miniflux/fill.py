@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .flux import Flux
-from .generate import encode, paint
+from .generate import paint
 from .images import Picture, Pictures, fit, read_pictures, size_of, to_tensor
+from .latents import encode
 from .masks import feather, fit_masks, paste, read_masks
 from .prompt import Text
 from .sampling import OnStep, patchify

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from .checkpoints import layouts
+from .checkpoints.building import pick
 from .checkpoints.formats import PICKLES, listing, read_json
 from .checkpoints.hub import OFFICIAL, cache_folder, find_in_cache, find_or_download
 from .networks.autoencoder import Autoencoder
@@ -203,10 +204,10 @@ def read_config(name: str, folder: Path, mmdit: MMDiT, t5_tokenizer: T5Tokenizer
     scheduler, vae = folder / "scheduler" / "scheduler_config.json", folder / "vae" / "config.json"
     if scheduler.is_file() and own_schedule:
         values = {"use_dynamic_shifting": False} | read_json(scheduler)
-        read = layouts.pick(FluxConfig, values, dict(dynamic_shift="use_dynamic_shifting", shift="shift"), scheduler)
+        read = pick(FluxConfig, values, dict(dynamic_shift="use_dynamic_shifting", shift="shift"), scheduler)
         config = replace(config, dynamic_shift=read.dynamic_shift, shift=read.shift)
     if vae.is_file():
-        config = replace(config, size=layouts.pick(FluxConfig, read_json(vae), dict(size="sample_size"), vae).size)
+        config = replace(config, size=pick(FluxConfig, read_json(vae), dict(size="sample_size"), vae).size)
     return config
 
 

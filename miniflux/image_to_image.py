@@ -11,8 +11,9 @@ from collections.abc import Sequence
 import torch
 
 from .flux import Flux
-from .generate import encode, paint
+from .generate import paint
 from .images import Picture, Pictures, fit, read_pictures, size_of
+from .latents import encode
 from .prompt import Text
 from .sampling import OnStep
 from .settings import resolve

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .flux import Flux
-from .generate import encode, paint
+from .generate import paint
 from .images import (
     MAX_SIDE,
     Picture,
@@ -25,6 +25,7 @@ from .images import (
     read_pictures,
     size_of,
 )
+from .latents import encode
 from .prompt import Text
 from .sampling import OnStep, image_ids, patchify
 from .settings import resolve

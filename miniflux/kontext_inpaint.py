@@ -12,9 +12,11 @@ from collections.abc import Sequence
 import torch
 
 from .flux import Flux
-from .generate import encode, paint
+from .generate import paint
 from .images import Picture, Pictures, fit, read_pictures, size_of
-from .kontext_edit import painted_size, reference as seen_beside, seen_size
+from .kontext_edit import painted_size, seen_size
+from .kontext_edit import reference as seen_beside
+from .latents import encode
 from .masks import around_mask, fit_masks, latent_mask, read_masks
 from .prompt import Text
 from .sampling import OnStep

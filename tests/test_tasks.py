@@ -26,9 +26,9 @@ from miniflux import (
     redux,
     redux_prompt,
 )
-from miniflux.generate import encode
 from miniflux.images import fit
 from miniflux.kontext_edit import PREFERRED, seen_size
+from miniflux.latents import encode
 
 SMALL = dict(steps=2, max_text_tokens=8, progress=False)
 

@@ -20,8 +20,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ..checkpoints.building import WithoutInitialisation
 from ..checkpoints.formats import listing, read_json, read_metadata, read_safetensors
-from ..checkpoints.layouts import WithoutInitialisation
 from ..flux import Flux
 from ..images import check_number, log
 from ..networks.clip import CLIPText

@@ -3,25 +3,18 @@
     original layout     flux1-*.safetensors, ae.safetensors             (text encoders come from elsewhere)
     diffusers layout    model_index.json, transformer/, vae/, text_encoder/, text_encoder_2/, tokenizer/, tokenizer_2/
 
-Sizes come from a config.json where there is one, else from the shapes of the tensors, never from a name. Networks are
-built on the meta device, which allocates nothing, and then take the tensors of the file as their own, strictly: a missing
-or unexpected tensor, or a wrong shape, is an error.
+Sizes come from a config.json where there is one, else from the shapes of the tensors, never from a name.
 """
 
-import math
-from dataclasses import Field, fields
+from dataclasses import fields
 from pathlib import Path
-from typing import TypeVar
-
-import torch
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from ..networks.autoencoder import Autoencoder, AutoencoderConfig
 from ..networks.clip import CLIPConfig, CLIPText
 from ..networks.mmdit import MMDiT, MMDiTConfig
 from ..networks.siglip import ReduxConfig, ReduxEmbedder, SigLIP, SigLIPConfig
 from ..networks.t5 import T5, T5Config
+from .building import State, build, check_class, pick
 from .formats import listing, read_json, read_safetensors, read_sharded
 from .names import (
     autoencoder_from_diffusers,
@@ -31,93 +24,7 @@ from .names import (
     mmdit_from_diffusers,
 )
 
-Network = TypeVar("Network", bound=nn.Module)
-State = dict[str, Tensor]
-
 COMFYUI_PREFIX = "model.diffusion_model."
-
-
-class WithoutInitialisation(TorchFunctionMode):
-    """Leaves out `torch.nn.init`: what it would write is replaced anyway, and on the meta device it imports a compiler (1 s)."""
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if getattr(function, "__module__", None) == "torch.nn.init":
-            return kwargs["tensor"] if "tensor" in kwargs else args[0]
-        return function(*args, **kwargs)
-
-
-def build(kind: type[Network], config, state: State, source: Path, device: torch.device | str,
-          dtype: torch.dtype | None) -> Network:
-    """kind(config) with the tensors of `state`, each converted and moved on its own (empties `state`)."""
-    try:
-        with torch.device("meta"), WithoutInitialisation():
-            network = kind(config)
-    except (ValueError, RuntimeError) as error:
-        raise ValueError(f"{source}: there is no {kind.__name__} of these sizes: {str(error).splitlines()[0]}") from None
-    expected = network.state_dict()
-    missing, unexpected = sorted(set(expected) - set(state)), sorted(set(state) - set(expected))
-    if missing or unexpected:
-        raise ValueError(f"{source} is not a {kind.__name__} of these sizes: "
-                         + "; ".join(f"{what} {listing(names)}" for what, names in
-                                     (("missing", missing), ("unexpected", unexpected)) if names))
-    for name, tensor in expected.items():
-        if tensor.shape != state[name].shape:
-            raise ValueError(f"{source}: {name} has the shape {list(state[name].shape)}, expected {list(tensor.shape)}")
-        if not state[name].is_floating_point():
-            raise ValueError(f"{source}: {name} holds {state[name].dtype}, expected floating-point numbers")
-    for name in expected:
-        module, _, attribute = name.rpartition(".")
-        tensor = place(state.pop(name), torch.device(device), dtype)
-        setattr(network.get_submodule(module), attribute, nn.Parameter(tensor, requires_grad=False))
-    return network.eval()
-
-
-def place(tensor: Tensor, device: torch.device, dtype: torch.dtype | None) -> Tensor:
-    """The tensor on its device, in its dtype; mapped from the file still, if both are as they were."""
-    if device.type == "cpu" and dtype == torch.float32 != tensor.dtype and tensor.ndim == 2:
-        # Note: a matrix that must be copied anyway is stored by columns: so the CPU multiplies few rows faster.
-        return torch.empty(tensor.shape[::-1], dtype=dtype).copy_(tensor.t()).t()
-    return tensor.to(device=device, dtype=dtype)
-
-
-def pick(kind: type, values: dict, names: dict[str, str], source: Path):
-    """A config from JSON: names[our field] = their key; a key that is absent keeps our default."""
-    chosen = {field.name: checked(field, names[field.name], values[names[field.name]], source)
-              for field in fields(kind) if names.get(field.name) in values}
-    try:
-        return kind(**chosen)
-    except ValueError as error:
-        raise ValueError(f"{source}: {error}") from None
-
-
-def checked(field: Field, key: str, value, source: Path):
-    """The value of a config's key, if it is what the field holds: a believable size or number."""
-    limit = 1_000 if field.name.startswith(("num_", "depth")) else 1_000_000
-
-    def is_size(n) -> bool:
-        return type(n) is int and 0 < n <= limit
-
-    if field.type is int:
-        good, expected = is_size(value), f"a whole number from 1 to {limit:,}"
-    elif field.type is float:
-        good = type(value) in (int, float) and math.isfinite(value) and (value > 0 or field.name == "shift_factor")
-        expected = "a positive number"
-    elif field.type is bool:
-        good, expected = isinstance(value, bool), "true or false"
-    else:
-        good, expected = isinstance(value, list) and 0 < len(value) <= 8 and all(map(is_size, value)), "a short list of sizes"
-    if not good:
-        raise ValueError(f"{source}: {key} is {value!r:.60}, expected {expected}")
-    return tuple(value) if isinstance(value, list) else value
-
-
-def check_class(config: dict, expected: tuple[str, ...], source: Path) -> None:
-    """Refuses the folder of another model by the class its config.json names."""
-    architectures = config.get("architectures")
-    found = config.get("_class_name") or (architectures[0] if architectures and isinstance(architectures, list) else None)
-    if found is not None and found not in expected:
-        raise ValueError(f"{source} describes a {found!r:.60}, expected a {expected[0]}")
 
 
 def load_mmdit(path: Path, device="cpu", dtype=None) -> MMDiT:

@@ -34,8 +34,8 @@ from tqdm import tqdm
 from .. import cli
 from ..flux import Flux, load
 from ..generate import generate
-from ..generate import decode
 from ..images import check_number, check_output, save, to_pil
+from ..latents import decode
 from .scenes import (
     OBJECTS,
     PLAIN,

@@ -308,7 +308,7 @@ def test_text_encoder_parts_reach_clip(flux, tmp_path):
                                                  ("lora_aitoolkit", "BFL", "16"), ("lora_control_bfl", "BFL Control", "64 to 128")])
 def test_every_tensor_of_a_published_file_has_the_right_target(file, dialect, rank):
     """Names and shapes in full size: each change is as large as the rows it is meant for."""
-    from miniflux.checkpoints.layouts import WithoutInitialisation
+    from miniflux.checkpoints.building import WithoutInitialisation
     from miniflux.networks.mmdit import MMDiT
     with torch.device("meta"), WithoutInitialisation():
         mmdit = MMDiT()

@@ -27,7 +27,6 @@ from miniflux import (
     add_redux,
     control,
     fill,
-    generate,
     image_to_image,
     inpaint,
     kontext_edit,
