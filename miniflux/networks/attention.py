@@ -74,3 +74,10 @@ def attention(qk: Tensor, v: Tensor, pe: Tensor) -> Tensor:
     q, k = apply_rope(qk, pe)                                                   # each (B, H, S, D)
     x = BACKENDS[_backend](q, k, v)                                             # (B, H, S, D)
     return x.transpose(1, 2).flatten(2)                                         # (B, S, H·D)
+
+
+def look(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Queries (B, H, S, D) that look at T tokens without positions, k and v (B or 1, H, T, D) -> (B, S, H·D)."""
+    k, v = (x.expand(len(q), -1, -1, -1) for x in (k, v))
+    x = F.scaled_dot_product_attention(q, k, v)                                 # (B, H, S, D)
+    return x.transpose(1, 2).flatten(2)                                         # (B, S, H·D)

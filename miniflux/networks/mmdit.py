@@ -19,13 +19,15 @@ of the original repository.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import repeat
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import attention, rope_table
+from .attention import attention, look, rope_table
 
 
 @dataclass(frozen=True)
@@ -147,6 +149,9 @@ def mlp(hidden_size: int, mlp_dim: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(hidden_size, mlp_dim), nn.GELU(approximate="tanh"), nn.Linear(mlp_dim, hidden_size))
 
 
+KeysValues = Sequence[tuple[Tensor, Tensor]]  # pairs (B or 1, H, T, D): tokens that a double block's image looks at besides
+
+
 class DoubleBlock(nn.Module):
     """Two streams with their own weights, one attention over both."""
 
@@ -159,7 +164,7 @@ class DoubleBlock(nn.Module):
         self.txt_attn = SelfAttention(hidden_size, num_heads)
         self.txt_mlp = mlp(hidden_size, mlp_dim)
 
-    def forward(self, img: Tensor, txt: Tensor, vec: Tensor, pe: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, img: Tensor, txt: Tensor, vec: Tensor, pe: Tensor, kv: KeysValues = ()) -> tuple[Tensor, Tensor]:
         img_shift1, img_scale1, img_gate1, img_shift2, img_scale2, img_gate2 = self.img_mod(vec)
         txt_shift1, txt_scale1, txt_gate1, txt_shift2, txt_scale2, txt_gate2 = self.txt_mod(vec)
 
@@ -171,6 +176,9 @@ class DoubleBlock(nn.Module):
 
         img = torch.addcmul(img, img_gate1, self.img_attn.proj(img_attn))       # (B, N, hidden)
         img = torch.addcmul(img, img_gate2, self.img_mlp(modulate(img, img_shift2, img_scale2)))
+        for keys, values in kv:
+            # Note: the image's queries before their rotation; the result is neither projected nor gated.
+            img = img + look(img_qkv[0][0], keys, values)                       # (B, N, hidden)
         txt = torch.addcmul(txt, txt_gate1, self.txt_attn.proj(txt_attn))       # (B, L, hidden)
         txt = torch.addcmul(txt, txt_gate2, self.txt_mlp(modulate(txt, txt_shift2, txt_scale2)))
         return img, clamp_fp16(txt)
@@ -229,18 +237,25 @@ class MMDiT(nn.Module):
         self.final_layer = FinalLayer(hidden, config.out_channels)
 
     def forward(self, img: Tensor, txt: Tensor, vec: Tensor, t: Tensor, guidance: Tensor | None,
-                img_ids: Tensor, txt_ids: Tensor) -> Tensor:
+                img_ids: Tensor, txt_ids: Tensor, residuals: Sequence[Tensor | None] | None = None,
+                image_kv: Sequence[KeysValues] | None = None) -> Tensor:
         """img (B, N, in_channels), txt (B, L, context_in_dim), vec (B, vec_in_dim), t (B,) in [0, 1],
         guidance (B,) or None where `guidance_embed` is false, img_ids (N, 3), txt_ids (L, 3) integers
-        -> velocity (B, N, out_channels)."""
+        -> velocity (B, N, out_channels).
+
+        residuals: what is added to the image tokens after each block, the double ones first: (B, N, hidden) or None. image_kv:
+        for each double block, keys and values that its image tokens look at too."""
         pe = rope_table(torch.cat([txt_ids, img_ids]), self.config.axes_dim, self.config.theta)
         vec = self.conditioning(vec, t, guidance)                               # (B, hidden)
         img, txt = self.img_in(img), self.txt_in(txt)                           # (B, N, hidden), (B, L, hidden)
-        for block in self.double_blocks:
-            img, txt = block(img, txt, vec, pe)
+        residuals = residuals or [None] * (len(self.double_blocks) + len(self.single_blocks))
+        for block, residual, kv in zip(self.double_blocks, residuals, image_kv or repeat(())):
+            img, txt = block(img, txt, vec, pe, kv)
+            img = img if residual is None else img + residual
         x = torch.cat([txt, img], dim=1)                                        # (B, L+N, hidden)
-        for block in self.single_blocks:
+        for block, residual in zip(self.single_blocks, residuals[len(self.double_blocks):]):
             x = block(x, vec, pe)
+            x = x if residual is None else x + F.pad(residual, (0, 0, txt.shape[1], 0))  # zeros for the text
         return self.final_layer(x[:, txt.shape[1]:], vec)                       # (B, N, out_channels)
 
     def conditioning(self, vec: Tensor, t: Tensor, guidance: Tensor | None) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from miniflux.networks import mmdit
+from miniflux.networks.attention import rope_table
 from miniflux.networks.mmdit import (
     DoubleBlock,
     FinalLayer,
@@ -298,3 +299,34 @@ def test_other_dtypes_are_not_clamped():
     for dtype in (torch.float32, torch.bfloat16):
         x = torch.tensor([1e5, -1e30], dtype=dtype)
         assert torch.equal(mmdit.clamp_fp16(x), x)
+
+
+def test_residuals_are_added_to_the_image_tokens_after_each_block():
+    """By hand: the same blocks, run one after the other, with an addition between them."""
+    model, given = small(), inputs()
+    residuals = [torch.randn(2, N, 32), None, None, torch.randn(2, N, 32)]
+    pe = rope_table(torch.cat([given["txt_ids"], given["img_ids"]]), (4, 4, 8), 10000.0)
+    vec = model.conditioning(given["vec"], given["t"], given["guidance"])
+    img, txt = model.img_in(given["img"]), model.txt_in(given["txt"])
+    img, txt = model.double_blocks[0](img, txt, vec, pe)
+    img, txt = model.double_blocks[1](img + residuals[0], txt, vec, pe)
+    x = model.single_blocks[1](model.single_blocks[0](torch.cat([txt, img], dim=1), vec, pe), vec, pe)
+    expected = model.final_layer(x[:, L:] + residuals[3], vec)
+    assert torch.allclose(model(**given, residuals=residuals), expected, atol=1e-5)
+    assert torch.equal(model(**given, residuals=[None] * 4), model(**given))
+
+
+def test_further_keys_are_looked_at_by_image_queries_before_their_rotation():
+    """By hand, for one block: softmax(q kᵀ / √D) v of the normalised queries, added without a gate."""
+    block = small().double_blocks[0]
+    img, txt, vec = torch.randn(2, N, 32), torch.randn(2, L, 32), torch.randn(2, 32)
+    pe = rope_table(torch.randint(0, 9, (L + N, 3)), (4, 4, 8), 10000.0)
+    k, v = torch.randn(1, 2, 5, 16), torch.randn(1, 2, 5, 16)
+    plain_img, plain_txt = block(img, txt, vec, pe)
+    seen_img, seen_txt = block(img, txt, vec, pe, [(k, v), (k, 2 * v)])
+    shift, scale, *_ = block.img_mod(vec)
+    q = block.img_attn.qkv(modulate(img, shift, scale))[..., :32].unflatten(-1, (2, 16)).transpose(1, 2)
+    q = q / (q.square().mean(-1, keepdim=True) + 1e-6).sqrt() * block.img_attn.norm.query_norm.scale
+    seen = ((q @ k.transpose(-1, -2) / 4).softmax(-1) @ v).transpose(1, 2).flatten(2)
+    assert torch.allclose(seen_img, plain_img + 3 * seen, atol=1e-5) and torch.equal(seen_txt, plain_txt)
+    assert not torch.allclose(plain_img, seen_img, atol=1e-2)
