@@ -1,7 +1,7 @@
 """Control: paint after a prompt along the edges or depths of a control picture (FLUX.1 Canny and Depth).
 
     python -m miniflux.control "a robot made of glass" --model canny --canny robot.webp
-    python -m miniflux.control "a robot made of glass" --model depth --control-image depth.png
+    python -m miniflux.control "a robot made of glass" --model depth --depth robot.webp --depth-model LiheYoung/depth-anything-large-hf
 
 Each token carries the 64 latent numbers of the control picture beside its own. The seam: what enters the transformer; with a
 picture to begin from, also the start (as `image_to_image`), and with a mask the velocity (as `inpaint`).
@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 
 from .canny import canny
+from .depth import depth, load_depth
 from .flux import Flux
 from .generate import paint
 from .images import Picture, Pictures, fit, natural_size, read_pictures, size_of
@@ -55,13 +56,17 @@ def control(flux: Flux, prompt: Text, control_image: Picture | list[Picture], *,
     return paint(flux, prompt, call, start=start, mask=repaint, beside=beside)
 
 
-def edges(flux: Flux, args: Namespace) -> dict:
-    """What the flags say of the control picture: edges are looked for at the size to paint, where they stay sharp."""
-    if args.canny is None:
+def look(flux: Flux, args: Namespace) -> dict:
+    """What the flags say of the control picture: edges and depths are looked for at the size to paint, where they stay sharp."""
+    if (source := args.canny or args.depth) is None:
         return {"control_image": args.control_image}
-    photo = read_pictures(args.canny, "picture")
+    if args.depth and not args.depth_model:
+        raise ValueError("--depth needs an estimator: give --depth-model, such as LiheYoung/depth-anything-large-hf")
+    photo = read_pictures(source, "picture")
     size = natural_size(size_of(photo[0]), flux.config.size ** 2, args.width, args.height)
-    return {"control_image": canny(fit(photo, *size)[0] / 2 + 0.5, *args.thresholds)}
+    picture = fit(photo, *size)[0] / 2 + 0.5
+    return {"control_image": canny(picture, *args.thresholds) if args.canny else
+            depth(picture, load_depth(args.depth_model, device=args.device), standard=args.depth_standard)}
 
 
 def main() -> None:
@@ -72,12 +77,15 @@ def main() -> None:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--control-image", help="the picture of edges or depths, as the model was made for")
     source.add_argument("--canny", help="a photo: its edges are the control picture")
+    source.add_argument("--depth", help="a photo: its depths, which --depth-model tells, are the control picture")
+    parser.add_argument("--depth-model", help="the folder or Hub id of a Depth Anything (default: none)")
+    parser.add_argument("--depth-standard", action="store_true", help="as in the original repository; see miniflux.depth (default: off)")
     parser.add_argument("--thresholds", type=float, nargs=2, default=(50, 200), metavar=("LOW", "HIGH"),
                         help="of the edges' strength (default 50 200)")
     parser.add_argument("--image", help="a picture to begin from (default: none)")
     parser.add_argument("--mask", help="white where that picture is to be repainted (default: everywhere)")
     cli.add_strength(parser, 0.6)
-    cli.run(parser, control, edges)
+    cli.run(parser, control, look)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,109 @@
+"""Files -> the networks that look at pictures beside FLUX.1: the depth estimator and the safety filters.
+
+All of them come as folders of transformers: a config.json and `model*.safetensors`.
+"""
+
+import os
+import re
+from pathlib import Path
+
+from ..networks.depth_anything import DepthAnything, DepthAnythingConfig
+from .building import State, build, check_class
+from .formats import read_json, read_sharded
+from .hub import cache_folder, find_in_cache
+from .layouts import tower_config
+
+# Vision transformers' names -> CLIP's, which the layers have here; published checkpoints, and the newer transformers' own names.
+VIT_NAMES = (
+    (r"^(vit|backbone)\.(encoder\.)?layers?\.", r"\1.encoder.layers."),
+    (r"\.attention\.(attention\.query|q_proj)\.", ".self_attn.q_proj."),
+    (r"\.attention\.(attention\.key|k_proj)\.", ".self_attn.k_proj."),
+    (r"\.attention\.(attention\.value|v_proj)\.", ".self_attn.v_proj."),
+    (r"\.attention\.(output\.dense|o_proj)\.", ".self_attn.out_proj."),
+    (r"\.(norm1|layernorm_before)\.", ".layer_norm1."),
+    (r"\.(norm2|layernorm_after)\.", ".layer_norm2."),
+    (r"\.intermediate\.dense\.", ".mlp.fc1."),
+    (r"\.output\.dense\.", ".mlp.fc2."),
+)
+
+
+def find_folder(source: str | os.PathLike, example: str) -> Path:
+    """The folder that a path, or a Hub id in the local Hugging Face cache, names; nothing is downloaded."""
+    folder = Path(source).expanduser()
+    if not folder.exists() and str(source).count("/") == 1:
+        folder = find_in_cache(str(source)) or folder
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{str(source)!r} is neither a folder nor in {cache_folder()}: expected one such as {example}, "
+                                "with config.json and model.safetensors")
+    return folder
+
+
+def rename(state: State, table: tuple[tuple[str, str], ...]) -> State:
+    """The tensors under the names that the rows of the table make of theirs, one after the other."""
+    renamed = {}
+    for name, tensor in state.items():
+        for pattern, replacement in table:
+            name = re.sub(pattern, replacement, name)
+        renamed[name] = tensor
+    return renamed
+
+
+def check_fixed(values: dict, fixed: dict, source: Path) -> None:
+    """Refuses a config that asks for what is not built here: each of `fixed` is absent, or has that value."""
+    for key, expected in fixed.items():
+        if (found := values.get(key, expected)) != expected:
+            raise ValueError(f"{source}: {key} is {found!r:.60}, expected {expected!r}")
+
+
+# --------------------------------------------------------------------------------------------------------------- depth
+
+
+def load_depth_anything(path: Path, device="cpu", dtype=None) -> DepthAnything:
+    """Depth Anything, V1 or V2, from a folder."""
+    config = depth_anything_config(read_json(path / "config.json"), path / "config.json")
+    return build(DepthAnything, config, depth_anything_names(read_sharded(path, "model")), path, device, dtype)
+
+
+def depth_anything_names(state: State) -> State:
+    """The mask token served the training alone."""
+    return {name: tensor for name, tensor in rename(state, VIT_NAMES).items() if not name.endswith(".mask_token")}
+
+
+def depth_anything_config(values: dict, source: Path) -> DepthAnythingConfig:
+    """Sizes from a `DepthAnythingForDepthEstimation` config and the backbone's within it."""
+    check_class(values, ("DepthAnythingForDepthEstimation",), source)
+    backbone = values.get("backbone_config")
+    if not isinstance(backbone, dict):
+        raise ValueError(f"{source} has no backbone_config: expected the sizes of a DINOv2")
+    # Note: transformers leaves out of a config what is its default, which is the base model's, or the small one's.
+    backbone = dict(model_type="dinov2", hidden_size=768, num_hidden_layers=12, num_attention_heads=12, mlp_ratio=4, patch_size=14,
+                    image_size=224, layer_norm_eps=1e-6) | backbone
+    values = dict(neck_hidden_sizes=[48, 96, 192, 384], fusion_hidden_size=64, head_hidden_size=32,
+                  depth_estimation_type="relative", patch_size=14) | values
+    width, ratio, kind = backbone["hidden_size"], backbone["mlp_ratio"], values["depth_estimation_type"]
+    if type(width) is not int or type(ratio) is not int or kind not in ("relative", "metric"):
+        raise ValueError(f"{source}: hidden_size {width!r:.30}, mlp_ratio {ratio!r:.30} and depth_estimation_type {kind!r:.30} "
+                         "are not two whole numbers and 'relative' or 'metric'")
+    check_fixed(backbone, dict(model_type="dinov2", num_channels=3, qkv_bias=True, use_swiglu_ffn=False, apply_layernorm=True,
+                               reshape_hidden_states=False, patch_size=values["patch_size"]), source)
+    check_fixed(values, dict(reassemble_factors=[4, 2, 1, 0.5], reassemble_hidden_size=width, head_in_index=-1), source)
+    config = tower_config(DepthAnythingConfig, backbone | {
+        "intermediate_size": width * ratio, "out_indices": out_indices(backbone, source), "metric": kind == "metric",
+        "max_depth": values.get("max_depth") or 1.0,
+        **{key: values[key] for key in ("neck_hidden_sizes", "fusion_hidden_size", "head_hidden_size")}}, source)
+    if len(config.neck_hidden_sizes) != 4 or config.fusion_hidden_size < 2 or config.image_size < config.patch_size:
+        raise ValueError(f"{source}: neck {config.neck_hidden_sizes}, fusion {config.fusion_hidden_size}, pictures of "
+                         f"{config.image_size} and patches of {config.patch_size} do not fit together")
+    return config
+
+
+def out_indices(backbone: dict, source: Path) -> list[int]:
+    """The four layers that the neck reads, counted from 1: as numbers, which may count from the end, or as "stage5", ..."""
+    layers = backbone["num_hidden_layers"]
+    stages = backbone.get("out_features") or []
+    given = backbone.get("out_indices") or [int(name[5:]) for name in stages if re.fullmatch(r"stage\d{1,4}", str(name))]
+    if isinstance(given, list) and type(layers) is int and all(type(i) is int and 0 < abs(i) <= layers for i in given):
+        given = sorted(i if i > 0 else layers + 1 + i for i in given)
+        if len(set(given)) == 4:
+            return given
+    raise ValueError(f"{source}: out_indices are {given!r:.60}, expected four of the {layers!r:.30} layers")
