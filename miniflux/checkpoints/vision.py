@@ -5,10 +5,13 @@ All of them come as folders of transformers: a config.json and `model*.safetenso
 
 import os
 import re
+from dataclasses import fields, replace
 from pathlib import Path
 
 from ..networks.depth_anything import DepthAnything, DepthAnythingConfig
-from .building import State, build, check_class
+from ..networks.pixtral import ACTIVATIONS, Pixtral, PixtralConfig, TransformerConfig
+from ..networks.vit_classifier import ViTClassifier, ViTConfig
+from .building import State, build, check_class, pick
 from .formats import read_json, read_sharded
 from .hub import cache_folder, find_in_cache
 from .layouts import tower_config
@@ -107,3 +110,78 @@ def out_indices(backbone: dict, source: Path) -> list[int]:
         if len(set(given)) == 4:
             return given
     raise ValueError(f"{source}: out_indices are {given!r:.60}, expected four of the {layers!r:.30} layers")
+
+
+# ------------------------------------------------------------------------------------------------------------- filters
+
+
+def load_vit_classifier(path: Path, device="cpu", dtype=None) -> ViTClassifier:
+    """A classifier of pictures from a folder; its labels are those of the config."""
+    source = path / "config.json"
+    values = read_json(source)
+    check_class(values, ("ViTForImageClassification",), source)
+    check_fixed(values, dict(num_channels=3, qkv_bias=True), source)
+    labels = values.get("id2label")
+    if not isinstance(labels, dict) or sorted(labels) != sorted(map(str, range(len(labels)))) or not labels:
+        raise ValueError(f"{source}: id2label is {labels!r:.60}, expected a label for each number from 0")
+    config = replace(tower_config(ViTConfig, values, source), labels=tuple(str(labels[str(i)]) for i in range(len(labels))))
+    return build(ViTClassifier, config, rename(read_sharded(path, "model"), VIT_NAMES), path, device, dtype)
+
+
+# The published names, and those of newer transformers, -> the names here.
+PIXTRAL_NAMES = (
+    (r"^model\.", ""),
+    (r"^language_model\.(lm_head\.)", r"\1"),
+    (r"^language_model\.model\.", "language_model."),
+    (r"\.attention_norm\.", ".input_layernorm."),
+    (r"\.ffn_norm\.", ".post_attention_layernorm."),
+    (r"\.attention\.", ".self_attn."),
+    (r"\.feed_forward\.", ".mlp."),
+)
+
+
+def load_pixtral(path: Path, device="cpu", dtype=None) -> Pixtral:
+    """Pixtral from a folder."""
+    config = pixtral_config(read_json(path / "config.json"), path / "config.json")
+    return build(Pixtral, config, rename(read_sharded(path, "model"), PIXTRAL_NAMES), path, device, dtype)
+
+
+def pixtral_config(values: dict, source: Path) -> PixtralConfig:
+    """Sizes from a `LlavaForConditionalGeneration` config and the two within it."""
+    check_class(values, ("LlavaForConditionalGeneration",), source)
+    vision, text = values.get("vision_config"), values.get("text_config")
+    if not isinstance(vision, dict) or not isinstance(text, dict):
+        raise ValueError(f"{source} has no vision_config and text_config: expected a Pixtral's")
+    # Note: transformers leaves out of a config what is its default; Mistral's are those of the 7B model.
+    vision = dict(model_type="pixtral", hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16,
+                  hidden_act="gelu", rope_theta=1e4, patch_size=16) | vision
+    text = dict(model_type="mistral", hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+                num_key_value_heads=8, hidden_act="silu", rope_theta=1e4, rms_norm_eps=1e-6, vocab_size=32000) | text
+    check_fixed(vision, dict(model_type="pixtral", num_channels=3), source)
+    check_fixed(text, dict(model_type="mistral", sliding_window=None), source)
+    check_fixed(dict(vision_feature_layer=-2, vision_feature_select_strategy="default") | values,
+                dict(projector_hidden_act="gelu", vision_feature_layer=-1, vision_feature_select_strategy="full",
+                     multimodal_projector_bias=True), source)
+    image_token = values.get("image_token_index", values.get("image_token_id", 10))
+    sizes = pick(PixtralConfig, {"patch_size": vision["patch_size"], "vocab_size": text["vocab_size"], "image_token": image_token},
+                 {name: name for name in ("patch_size", "vocab_size", "image_token")}, source)
+    eyes = vision | {"num_key_value_heads": vision["num_attention_heads"], "rms_norm_eps": 1e-5}
+    return replace(sizes, vision=transformer_config(eyes, source), text=transformer_config(text, source))
+
+
+def transformer_config(values: dict, source: Path) -> TransformerConfig:
+    rope, width, heads = values.get("rope_parameters"), values["hidden_size"], values["num_attention_heads"]
+    if isinstance(rope, dict):
+        if (kind := rope.get("rope_type", "default")) not in ("default", "axial"):
+            raise ValueError(f"{source}: rope_type is {kind!r:.60}, expected 'default', or 'axial' for the vision tower")
+        values = values | {"rope_theta": rope.get("rope_theta", values["rope_theta"])}
+    if not values.get("head_dim") and type(width) is type(heads) is int and heads:
+        values = values | {"head_dim": width // heads}
+    config = pick(TransformerConfig, values, {field.name: field.name for field in fields(TransformerConfig)
+                                              if field.name != "hidden_act"}, source)
+    if (activation := values["hidden_act"]) not in ACTIVATIONS:
+        raise ValueError(f"{source}: hidden_act is {activation!r:.60}, expected one of {', '.join(ACTIVATIONS)}")
+    if config.head_dim % 4 or config.num_attention_heads % config.num_key_value_heads:
+        raise ValueError(f"{source}: heads of {config.head_dim} channels and {config.num_attention_heads} heads that share "
+                         f"{config.num_key_value_heads} do not fit together")
+    return replace(config, hidden_act=activation)

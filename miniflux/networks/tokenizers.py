@@ -155,32 +155,37 @@ class CLIPTokenizer:
 
     @remember
     def merge(self, piece: str) -> list[int]:
-        """Byte-pair encoding: glue the pair with the lowest rank (of equals: the leftmost) until no pair has a rank.
-
-        "low" -> l o w</w> -> lo w</w> -> low</w>. A heap holds the candidates, so n bytes cost O(n log n).
-        """
+        """The tokens of a piece: "low" -> l o w</w> -> lo w</w> -> low</w>."""
         symbols = [self.symbols[byte] for byte in piece.encode("utf-8")]
         symbols[-1] += "</w>"
-        n = len(symbols)
-        before, after = list(range(-1, n)), list(range(1, n + 2))  # neighbours; a glued symbol leaves "" on the right
-        heap = []
+        return [self.vocab.get(symbol, self.end) for symbol in merge_pairs(symbols, self.ranks)]
 
-        def consider(i: int) -> None:
-            pair = (symbols[i], symbols[after[i]]) if i >= 0 and after[i] < n else None
-            if pair in self.ranks:
-                heapq.heappush(heap, (self.ranks[pair], i, pair))
 
-        for i in range(n):
+def merge_pairs(symbols: list[str], ranks: dict[tuple[str, str], int]) -> list[str]:
+    """Byte-pair encoding: glue the pair with the lowest rank (of equals: the leftmost) until no pair has a rank.
+
+    A heap holds the candidates, so n bytes cost O(n log n).
+    """
+    n = len(symbols)
+    before, after = list(range(-1, n)), list(range(1, n + 2))  # neighbours; a glued symbol leaves "" on the right
+    heap = []
+
+    def consider(i: int) -> None:
+        pair = (symbols[i], symbols[after[i]]) if i >= 0 and after[i] < n else None
+        if pair in ranks:
+            heapq.heappush(heap, (ranks[pair], i, pair))
+
+    for i in range(n):
+        consider(i)
+    while heap:
+        _, i, pair = heapq.heappop(heap)
+        j = after[i]
+        if j < n and pair == (symbols[i], symbols[j]):  # else one of them was glued to another neighbour meanwhile
+            symbols[i], symbols[j] = symbols[i] + symbols[j], ""
+            after[i], before[after[j]] = after[j], i
+            consider(before[i])
             consider(i)
-        while heap:
-            _, i, pair = heapq.heappop(heap)
-            j = after[i]
-            if j < n and pair == (symbols[i], symbols[j]):  # else one of them was glued to another neighbour meanwhile
-                symbols[i], symbols[j] = symbols[i] + symbols[j], ""
-                after[i], before[after[j]] = after[j], i
-                consider(before[i])
-                consider(i)
-        return [self.vocab.get(symbol, self.end) for symbol in symbols if symbol]
+    return [symbol for symbol in symbols if symbol]
 
 
 # ------------------------------------------------------------------------------------------------------------------ T5
