@@ -1,5 +1,7 @@
 """Canny's edge detector: thin, connected edges where the brightness changes most (J. Canny 1986, 10.1109/TPAMI.1986.4767851).
 
+    python -m miniflux.canny photo.png --output edges.png
+
     gradient          how strongly and in which direction the brightness changes at each pixel
     thin              only the ridges of its strength remain: one pixel across the edge
     hysteresis        weak edges remain if they are connected to a strong one
@@ -10,7 +12,7 @@ FLUX.1 Canny was trained on the edges of OpenCV's `cv2.Canny`, whose integer ari
 import numpy as np
 from PIL import Image
 
-from .images import Picture, as_pil, check_number, read_picture
+from .images import Picture, as_pil, check_number, check_output, read_picture, save
 
 
 def canny(image: Picture, low: float = 50, high: float = 200) -> Image.Image:
@@ -68,3 +70,24 @@ def hysteresis(weak: np.ndarray, strong: np.ndarray) -> np.ndarray:
         front = np.unique(near[weak[near] & ~edges[near]])
         edges[front] = True
     return edges.reshape(shape)[1:-1, 1:-1]
+
+
+def main() -> None:
+    from . import cli
+
+    parser = cli.Parser(prog="python -m miniflux.canny", description="Find the edges of a picture: white on black.")
+    parser.add_argument("picture", help="the picture to look at")
+    parser.add_argument("--output", default="canny.png", help="the picture to write (default canny.png)")
+    parser.add_argument("--thresholds", type=float, nargs=2, default=(50, 200), metavar=("LOW", "HIGH"),
+                        help="of the edges' strength (default 50 200)")
+    args = parser.parse_args()
+    try:
+        output = check_output(args.output)
+        save(canny(args.picture, *args.thresholds), output, {"thresholds": args.thresholds})
+        print(output)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    main()

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from . import __version__
+from .adapters.ip_adapter import add_ip_adapter
 from .adapters.lora import add_lora
+from .controlnet import MODES, Control, load_controlnet
 from .flux import Flux, list_models, load
 from .images import check_output, number, save, strip, to_pil
 from .latents import decode
@@ -98,6 +100,38 @@ def image_and_mask(flux: Flux, args: argparse.Namespace) -> dict:
     return {"image": image, "mask": blur_mask(mask, args.mask_blur) if args.mask_blur else mask}
 
 
+def add_controls(p: Parser) -> None:
+    """The flags of the tasks that ControlNets can steer; `controls` reads them."""
+    p.add_argument("--controlnet", nargs="+", metavar="NET", help="ControlNets: files, folders or Hub ids (default: none)")
+    p.add_argument("--control-image", nargs="+", metavar="PICTURE", help="the control picture of each of them")
+    p.add_argument("--control-scale", nargs="+", type=float, metavar="SCALE", help="how strongly each of them acts (default 1.0)")
+    p.add_argument("--control-start", nargs="+", type=float, metavar="PART", help="from which part of the steps on (default 0.0)")
+    p.add_argument("--control-end", nargs="+", type=float, metavar="PART", help="until which part of the steps (default 1.0)")
+    p.add_argument("--control-mode", nargs="+", metavar="KIND", help=f"of control, for union nets: {', '.join(MODES)}, a number, or "
+                                                                           "none for another net")
+
+
+def controls(flux: Flux, args: argparse.Namespace) -> list[Control]:
+    """The ControlNets that the flags of `add_controls` ask for; one scale, start, end or mode serves all of them."""
+    nets, weight, columns = args.controlnet or [], flux.mmdit.img_in.weight, []
+    for field in Control._fields[1:]:
+        values = getattr(args, f"control_{field}") or ([] if field == "image" else [Control._field_defaults[field]])
+        if len(values) != len(nets) and (len(values) > 1 or field == "image"):
+            raise ValueError(f"there are {len(values)} values of --control-{field} for {len(nets)} ControlNets: give one for each")
+        columns.append(values * len(nets) if len(values) == 1 else values)
+    columns[-1] = [int(mode) if mode and mode.isdecimal() else None if mode == "none" else mode for mode in columns[-1]]
+    return [Control(load_controlnet(net, device=weight.device, dtype=weight.dtype), *rest) for net, *rest in zip(nets, *columns)]
+
+
+def add_ip_images(p: Parser) -> None:
+    """The flags of the tasks that can follow a picture."""
+    p.add_argument("--ip-adapter", nargs="+", metavar="FILE", help="IP-Adapters to add (default: none)")
+    p.add_argument("--ip-image", nargs="+", metavar="PICTURE", help="the picture that each of them follows")
+    p.add_argument("--ip-scale", nargs="+", type=float, metavar="SCALE", help="how strongly each of them acts (default 1.0)")
+    p.add_argument("--negative-ip-image", nargs="+", metavar="PICTURE", help="what they avoid; acts with --true-cfg (default: black)")
+    p.add_argument("--image-encoder", help="the folder of CLIP's vision tower (default: beside the IP-Adapter, or from the cache)")
+
+
 def add_auto_resize(p: Parser) -> None:
     p.add_argument("--no-auto-resize", dest="auto_resize", action="store_false",
                    help="show the model the picture in its own size (default: in the nearest shape it was trained on)")
@@ -113,20 +147,15 @@ def run(p: Parser, paint: Callable, inputs: Callable[[Flux, argparse.Namespace],
         output = check_output(args.output)
         preview = check_output(os.path.splitext(args.output)[0] + "-preview.png") if args.preview else None
         flux = load(args.model, device=args.device, dtype=DTYPES.get(args.dtype), transformer=args.transformer)
-        scales = [1.0] * len(args.lora) if args.lora_scales is None else args.lora_scales
-        if len(scales) != len(args.lora):
-            raise ValueError(f"there are {len(scales)} scales for {len(args.lora)} LoRAs: give one for each")
-        for file, scale in zip(args.lora, scales):
-            flux = add_lora(flux, file, scale)
+        flux = adapt(flux, args)
         states: list[tuple[float, Tensor]] = []
-        keywords = {name: value for name, value in vars(args).items() if name in inspect.signature(paint).parameters}
-        pictures = paint(flux, **keywords | inputs(flux, args) | {
+        pictures = paint(flux, **asked(flux, args, paint) | inputs(flux, args) | {
             "output": "pil", "progress": not args.quiet,
             "on_step": (lambda step, t, x: states.append((t, x[:1]))) if preview else None})
         own = {name: value for name, value in vars(args).items() if name not in p.shared and value not in (None, False)}
         metadata = {"prompt": args.prompt, "model": args.model, "version": __version__} | own
         if args.lora:
-            metadata["lora"] = ", ".join(f"{file} {scale:g}" for file, scale in zip(args.lora, scales))
+            metadata["lora"] = ", ".join(f"{file} {scale:g}" for file, scale in zip(args.lora, lora_scales(args)))
         for i, picture in enumerate(pictures):
             path = number(output, i, len(pictures))
             save(picture, path, metadata | picture.info)
@@ -136,6 +165,33 @@ def run(p: Parser, paint: Callable, inputs: Callable[[Flux, argparse.Namespace],
             print(preview)
     except (ValueError, OSError, torch.OutOfMemoryError) as error:
         p.error(str(error))
+
+
+def lora_scales(args: argparse.Namespace) -> list[float]:
+    scales = [1.0] * len(args.lora) if args.lora_scales is None else args.lora_scales
+    if len(scales) != len(args.lora):
+        raise ValueError(f"there are {len(scales)} scales for {len(args.lora)} LoRAs: give one for each")
+    return scales
+
+
+def adapt(flux: Flux, args: argparse.Namespace) -> Flux:
+    """The model with the LoRAs and IP-Adapters that the flags name."""
+    for file, scale in zip(args.lora, lora_scales(args)):
+        flux = add_lora(flux, file, scale)
+    for file in getattr(args, "ip_adapter", None) or []:
+        flux = add_ip_adapter(flux, file, args.image_encoder)
+    return flux
+
+
+def asked(flux: Flux, args: argparse.Namespace, paint: Callable) -> dict:
+    """The keywords of `paint` that flags of the same name give."""
+    names = inspect.signature(paint).parameters
+    keywords = {name: value for name, value in vars(args).items() if name in names and value is not None}
+    if hasattr(args, "controlnet"):
+        keywords["controlnet"] = controls(flux, args)
+    if len(keywords.get("ip_scale", ())) == 1:
+        keywords["ip_scale"], = keywords["ip_scale"]
+    return keywords
 
 
 def estimates(flux: Flux, states: list[tuple[float, Tensor]]) -> list:

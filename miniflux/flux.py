@@ -4,13 +4,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from .checkpoints import layouts
 from .checkpoints.building import pick
 from .checkpoints.formats import PICKLES, listing, read_json
 from .checkpoints.hub import OFFICIAL, cache_folder, find_in_cache, find_or_download
 from .networks.autoencoder import Autoencoder
-from .networks.clip import CLIPText
+from .networks.clip import CLIPText, CLIPVision
 from .networks.mmdit import MMDiT
 from .networks.siglip import ReduxEmbedder, SigLIP
 from .networks.t5 import T5
@@ -56,6 +57,8 @@ class Flux:
     config: FluxConfig
     siglip: SigLIP | None = None
     redux: ReduxEmbedder | None = None
+    image_encoder: CLIPVision | None = None
+    ip_adapters: tuple[nn.Module, ...] = ()
     loras: object = None               # what `adapters/lora.py` needs to change or undo itself
 
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .adapters.ip_adapter import IPImage, IPScale, read_ip_images
 from .flux import Flux
 from .generate import paint
 from .images import (
@@ -39,8 +40,9 @@ PREFERRED = ((672, 1568), (688, 1504), (720, 1456), (752, 1392), (800, 1328), (8
 def kontext_edit(flux: Flux, prompt: Text, image: Picture | list[Picture], *, auto_resize: bool = True, max_area: int | None = None,
                  width: int | None = None, height: int | None = None, steps: int | None = None, guidance: float | None = None,
                  seed: int = 0, num_images: int = 1, negative_prompt: Text | None = None, true_cfg: float = 1.0,
-                 sigmas: Sequence[float] | None = None, max_text_tokens: int | None = None, output: str = "pil",
-                 progress: bool = True, on_step: OnStep | None = None) -> Pictures:
+                 sigmas: Sequence[float] | None = None, max_text_tokens: int | None = None, ip_image: IPImage | None = None,
+                 ip_scale: IPScale = 1.0, negative_ip_image: IPImage | None = None, output: str = "pil", progress: bool = True,
+                 on_step: OnStep | None = None) -> Pictures:
     """Change a picture by an instruction.
 
     image: one (PIL, path, array (H, W, 3), tensor (3, H, W)), or a list, one for each prompt. auto_resize: the model sees it in
@@ -56,7 +58,8 @@ def kontext_edit(flux: Flux, prompt: Text, image: Picture | list[Picture], *, au
     width, height = painted_size(seen, width, height, max_area)
     call = resolve("kontext_edit", flux, width, height, steps, guidance, seed, num_images, negative_prompt, true_cfg, sigmas,
                    max_text_tokens, output, progress, on_step)
-    return paint(flux, prompt, call, after=reference(encode(flux, fit(pictures, *seen))))
+    return paint(flux, prompt, call, after=reference(encode(flux, fit(pictures, *seen))),
+                 ip=read_ip_images(flux, ip_image, ip_scale, negative_ip_image))
 
 
 def seen_size(flux: Flux, size: tuple[int, int], auto_resize: bool) -> tuple[int, int]:
@@ -93,6 +96,7 @@ def main() -> None:
     parser.add_argument("--image", required=True, help="the picture to change (required)")
     cli.add_auto_resize(parser)
     parser.add_argument("--max-area", type=int, help="scale the size to so many pixels (default: the size as it is)")
+    cli.add_ip_images(parser)
     cli.run(parser, kontext_edit)
 
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
+from .adapters.ip_adapter import IPImage, IPScale, read_ip_images
 from .flux import Flux
 from .generate import paint
 from .images import Picture, Pictures, fit, read_pictures, size_of
@@ -29,6 +30,7 @@ def kontext_inpaint(flux: Flux, prompt: Text, image: Picture | list[Picture], ma
                     auto_resize: bool = True, width: int | None = None, height: int | None = None, steps: int | None = None,
                     guidance: float | None = None, seed: int = 0, num_images: int = 1, negative_prompt: Text | None = None,
                     true_cfg: float = 1.0, sigmas: Sequence[float] | None = None, max_text_tokens: int | None = None,
+                    ip_image: IPImage | None = None, ip_scale: IPScale = 1.0, negative_ip_image: IPImage | None = None,
                     output: str = "pil", progress: bool = True, on_step: OnStep | None = None) -> Pictures:
     """Repaint the white part of a mask by an instruction, or after a reference picture.
 
@@ -46,13 +48,15 @@ def kontext_inpaint(flux: Flux, prompt: Text, image: Picture | list[Picture], ma
                    max_text_tokens, output, progress, on_step, strength=strength)
     masks, put_back, size = read_masks(mask, pictures), None, (call.width, call.height)
     if mask_padding is not None:
-        pictures, masks, put_back = around_mask(pictures, masks, *size, mask_padding)
+        near, put_back = around_mask(pictures, masks, *size, mask_padding)
+        pictures, masks = [near(pictures[0])], [near(masks[0])]
     repaint, z = latent_mask(fit_masks(masks, *size)), encode(flux, fit(pictures, *size))  # (n, 1, h, w), (n, 16, h, w)
     seen = z
     if reference is not None:
         others = read_pictures(reference, "reference")
         seen = encode(flux, fit(others, *seen_size(flux, size_of(others[0]), auto_resize)))
-    return paint(flux, prompt, call, start=z, mask=repaint, after=seen_beside(seen), put_back=put_back)
+    return paint(flux, prompt, call, start=z, mask=repaint, after=seen_beside(seen), put_back=put_back,
+                 ip=read_ip_images(flux, ip_image, ip_scale, negative_ip_image))
 
 
 def main() -> None:
@@ -63,6 +67,7 @@ def main() -> None:
     parser.add_argument("--reference", help="a picture of what is to be painted (default: the image itself)")
     cli.add_strength(parser, 1.0)
     cli.add_auto_resize(parser)
+    cli.add_ip_images(parser)
     cli.run(parser, kontext_inpaint, cli.image_and_mask)
 
 

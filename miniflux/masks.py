@@ -158,14 +158,17 @@ def paste(painted: Tensor, pictures: Tensor, weight: Tensor, box: tuple[int, int
 
 
 def around_mask(pictures: list[Pixels], masks: list[Image.Image], width: int, height: int, padding: int
-                ) -> tuple[list[Pixels], list[Image.Image], Callable[[Tensor], Tensor]]:
-    """The region around the mask, `padding` pixels wider, enlarged to width x height: (picture, mask, how to put back what
-    was painted there). Raises ValueError for more than one picture, and for an empty mask."""
+                ) -> tuple[Callable[[Pixels], Image.Image], Callable[[Tensor], Tensor]]:
+    """The region around the mask, `padding` pixels wider: (what cuts it out of a picture of the same scene and enlarges it to
+    width x height, what puts back there what was painted). Raises ValueError for more than one picture, and for an empty mask."""
     check_number("mask_padding", padding, 0, MAX_SIDE, whole=True)
     if len(pictures) > 1:
         raise ValueError(f"mask_padding works on one picture, got {len(pictures)}: call once for each")
     picture, mask = as_pil(pictures[0]), masks[0].resize(size_of(pictures[0]), LANCZOS)
     box = crop_box(mask, width, height, padding)
     weight = torch.from_numpy(np.asarray(mask.convert("L"), np.float32) / 255)[None, None]  # (1, 1, H, W)
-    near = [[letterbox(whole.crop(box), width, height)] for whole in (picture, mask)]
-    return *near, lambda painted: paste(painted, to_tensor(picture, *picture.size), weight, box)
+
+    def near(whole: Pixels) -> Image.Image:
+        return letterbox(as_pil(whole).resize(picture.size, LANCZOS).crop(box), width, height)
+
+    return near, lambda painted: paste(painted, to_tensor(picture, *picture.size), weight, box)

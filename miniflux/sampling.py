@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .networks.mmdit import MMDiT
+from .networks.mmdit import KeysValues, MMDiT
 
-Velocity = Callable[[Tensor, float], Tensor]         # (x, t) -> dx/dt, as latents (B, 16, h, w)
+Velocity = Callable[..., Tensor]                     # (x, t) -> dx/dt, as latents (B, 16, h, w)
 OnStep = Callable[[int, float, Tensor], None]        # (step, t, x)
 
 
@@ -82,28 +82,30 @@ def schedule(steps: int, tokens: int, *, dynamic_shift: bool = True, shift: floa
     return ts[int(len(times) - len(times) * strength):]
 
 
-def flow(mmdit: MMDiT, txt: Tensor, vec: Tensor, guidance: float | None, height: int, width: int, beside: Tensor | None = None,
-         after: tuple[Tensor, Tensor] | None = None) -> Velocity:
-    """The model's velocity for encoded prompts txt (B, L, ·), vec (B, ·) and latents of height x width latent pixels.
+def flow(mmdit: MMDiT, txt: Tensor, vec: Tensor, guidance: float, height: int, width: int, beside: Tensor | None = None,
+         after: tuple[Tensor, Tensor] | None = None, image_kv: Sequence[KeysValues] | None = None) -> Velocity:
+    """The model's velocity for encoded prompts txt (B, L, ·), vec (B, ·) and latents of height x width latent pixels; the guidance
+    counts where the model has an embedding for it. It takes residuals as a third argument, which are handed to the model.
 
     beside: further channels of each image token, (B, N, ·): what a model is told about every place (fill, control).
-    after: further tokens (B, M, ·) with their positions (M, 3), which are seen but not painted (kontext)."""
+    after: further tokens (B, M, ·) with their positions (M, 3), which are seen but not painted (kontext).
+    image_kv: keys and values of pictures that the image tokens look at in each double block (IP-Adapter)."""
     def per_picture(value: float) -> Tensor:
         # Note: time and guidance are rounded to the model's dtype, as in the original.
         return torch.full((len(vec),), value, dtype=txt.dtype, device=txt.device)
 
     txt_ids, img_ids = text_ids(txt.shape[1], txt.device), image_ids(height, width, device=txt.device)
-    strictness, count = None if guidance is None else per_picture(guidance), len(img_ids)
+    strictness, count = per_picture(guidance) if mmdit.config.guidance_embed else None, len(img_ids)
     if after is not None:
         img_ids = torch.cat([img_ids, after[1].to(img_ids)])                    # (N+M, 3)
 
-    def velocity(x: Tensor, t: float) -> Tensor:
+    def velocity(x: Tensor, t: float, residuals: Sequence[Tensor | None] | None = None) -> Tensor:
         img = patchify(x.to(txt.dtype))                                         # (B, N, 64)
         if beside is not None:
             img = torch.cat([img, beside.to(img)], dim=-1)                      # (B, N, in_channels)
         if after is not None:
             img = torch.cat([img, after[0].to(img)], dim=1)                     # (B, N+M, 64)
-        v = mmdit(img, txt, vec, per_picture(t), strictness, img_ids, txt_ids)
+        v = mmdit(img, txt, vec, per_picture(t), strictness, img_ids, txt_ids, residuals, image_kv)
         return unpatchify(v[:, :count], height, width)                          # (B, 16, height, width)
 
     return velocity
@@ -111,12 +113,17 @@ def flow(mmdit: MMDiT, txt: Tensor, vec: Tensor, guidance: float | None, height:
 
 def classifier_free(velocity: Velocity, unwanted: Velocity, scale: float) -> Velocity:
     """True classifier-free guidance (Ho & Salimans 2022, arXiv:2207.12598): away from `unwanted`, two passes a step."""
-    def guided(x: Tensor, t: float) -> Tensor:
-        v = velocity(x, t)
-        v_unwanted = unwanted(x, t)
+    def guided(x: Tensor, t: float, *residuals) -> Tensor:
+        v = velocity(x, t, *residuals)
+        v_unwanted = unwanted(x, t, *residuals)
         return v_unwanted + scale * (v - v_unwanted)
 
     return guided
+
+
+def steer(velocity: Velocity, residuals: Callable[[Tensor, float], Sequence[Tensor | None]]) -> Velocity:
+    """ControlNet: what is to be added within the model is found once a step, and given to each of its passes."""
+    return lambda x, t: velocity(x, t, residuals(x, t))
 
 
 def keep(velocity: Velocity, mask: Tensor, line: Tensor) -> Velocity:

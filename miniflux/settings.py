@@ -22,6 +22,7 @@ class Defaults:
 
 DEFAULTS = {
     "generate": Defaults(steps=28, guidance=3.5),
+    "generate with a ControlNet": Defaults(steps=28, guidance=7.0),
     "image_to_image": Defaults(steps=28, guidance=7.0),
     "inpaint": Defaults(steps=28, guidance=7.0),
     "fill": Defaults(steps=50, guidance=30.0, inputs=6, models="fill"),
@@ -37,12 +38,12 @@ MAX_STEPS = 1000
 
 @dataclass(frozen=True)
 class Call:
-    """The keywords that all tasks share, checked and completed; guidance is None for a model without guidance embedding."""
+    """The keywords that all tasks share, checked and completed."""
 
     width: int
     height: int
     steps: int
-    guidance: float | None
+    guidance: float
     seed: int
     num_images: int
     negative_prompt: Text | None
@@ -97,5 +98,5 @@ def resolve(task: str, flux: Flux, width: int | None, height: int | None, steps:
     if like is not None:
         width, height = natural_size(like, size ** 2, width, height)
     width, height = round_size(size if width is None else width, size if height is None else height)
-    return Call(width, height, steps, guidance if config.guidance_embed else None, seed, num_images, negative_prompt, true_cfg,
+    return Call(width, height, steps, guidance, seed, num_images, negative_prompt, true_cfg,
                 sigmas, max_text_tokens, output, progress, on_step, strength)

@@ -18,6 +18,7 @@ import torch
 from diffusers import (
     AutoencoderKL,
     FlowMatchEulerDiscreteScheduler,
+    FluxControlNetModel,
     FluxPipeline,
     FluxPriorReduxPipeline,
     FluxTransformer2DModel,
@@ -29,6 +30,8 @@ from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTokenizer,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
     SiglipImageProcessor,
     SiglipVisionConfig,
     SiglipVisionModel,
@@ -46,11 +49,12 @@ EXTRA_IDS = 4
 def randomise(model: nn.Module, seed: int) -> nn.Module:
     """Matrices keep the size of what they multiply; norm scales lie around one; biases around zero."""
     generator = torch.Generator().manual_seed(seed)
+    tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     with torch.no_grad():
         for name, p in sorted(model.named_parameters()):
             noise = torch.randn(p.shape, generator=generator)
             if p.ndim > 1:
-                p.copy_(noise if "embed" in name or "shared" in name or "bias" in name else noise / p[0].numel() ** 0.5)
+                p.copy_(noise if id(p) in tables else noise / p[0].numel() ** 0.5)
             else:
                 p.copy_(1 + 0.2 * noise if name.endswith("weight") else 0.2 * noise)
     return model.eval()
@@ -95,6 +99,37 @@ def siglip(hidden: int = 24, patches: int = 3, seed: int = 4) -> SiglipVisionMod
     return randomise(SiglipVisionModel(SiglipVisionConfig(
         hidden_size=hidden, intermediate_size=2 * hidden + 1, num_hidden_layers=3, num_attention_heads=4, image_size=8 * patches + 2,
         patch_size=8)), seed)
+
+
+def clip_vision(hidden: int = 24, patches: int = 3, seed: int = 8) -> CLIPVisionModelWithProjection:
+    return randomise(CLIPVisionModelWithProjection(CLIPVisionConfig(
+        hidden_size=hidden, intermediate_size=2 * hidden + 1, num_hidden_layers=3, num_attention_heads=4, image_size=8 * patches + 2,
+        patch_size=8, projection_dim=20, hidden_act="quick_gelu")), seed)
+
+
+def controlnet(layers: tuple[int, int] = (1, 2), modes: int | None = None, hint: bool = False, guidance: bool = True, seed: int = 6
+               ) -> FluxControlNetModel:
+    """InstantX's kind, or with `hint` XLabs', for the small pipeline."""
+    net = randomise(FluxControlNetModel(
+        patch_size=1, in_channels=64, num_layers=layers[0], num_single_layers=layers[1], attention_head_dim=16, num_attention_heads=3,
+        joint_attention_dim=32, pooled_projection_dim=24, guidance_embeds=guidance, axes_dims_rope=(4, 4, 8), num_mode=modes,
+        conditioning_embedding_channels=16 if hint else None), seed)
+    if hint:
+        net.register_to_config(patch_size=2)                # of the convolutions' result; the transformer's own is 1
+    return net
+
+
+def ip_adapter_state(depth: int = 2, tokens: int = 4, joint: int = 32, hidden: int = 48, vectors: int = 20, seed: int = 9
+                     ) -> dict[str, Tensor]:
+    """An IP-Adapter under XLabs' names, for the small pipeline."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {"ip_adapter_proj_model.proj.weight": (tokens * joint, vectors), "ip_adapter_proj_model.proj.bias": (tokens * joint,),
+              "ip_adapter_proj_model.norm.weight": (joint,), "ip_adapter_proj_model.norm.bias": (joint,)}
+    for i in range(depth):
+        for kind in ("k", "v"):
+            name = f"double_blocks.{i}.processor.ip_adapter_double_stream_{kind}_proj"
+            shapes |= {f"{name}.weight": (hidden, joint), f"{name}.bias": (hidden,)}
+    return {name: torch.randn(shape, generator=generator) / shape[-1] ** 0.5 for name, shape in shapes.items()}
 
 
 def clip_state(model: CLIPTextModel) -> dict[str, Tensor]:

@@ -55,3 +55,16 @@ def test_a_flat_picture_has_no_edges_and_a_wrong_threshold_gets_one_sentence():
     assert canny(Image.new("RGB", (1, 1))).getextrema() == ((0, 0),) * 3
     with pytest.raises(ValueError, match="the threshold low is -1"):
         canny(Image.new("RGB", (4, 4)), -1, 200)
+
+
+def test_the_command_writes_what_the_function_finds(tmp_path, monkeypatch, capsys):
+    from miniflux.canny import main
+    monkeypatch.chdir(tmp_path)
+    Image.effect_noise((40, 30), 90).convert("RGB").save("a.png")
+    monkeypatch.setattr("sys.argv", ["canny", "a.png", "--thresholds", "90", "300"])
+    main()
+    assert capsys.readouterr().out == "canny.png\n" and Image.open("canny.png").tobytes() == canny("a.png", 90, 300).tobytes()
+    monkeypatch.setattr("sys.argv", ["canny", "nowhere.png"])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 2 and "nowhere.png does not exist" in capsys.readouterr().err

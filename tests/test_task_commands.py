@@ -5,18 +5,22 @@ import importlib
 import numpy as np
 import pytest
 from PIL import Image
-from reference import small_pipeline, small_redux
+from reference import clip_vision, controlnet, ip_adapter_state, small_pipeline, small_redux
+from safetensors.torch import save_file
 
 from miniflux import (
+    add_ip_adapter,
     blur_mask,
     canny,
     control,
     expand_canvas,
     fill,
+    image_to_image,
     inpaint,
     kontext_edit,
     kontext_inpaint,
     load,
+    load_controlnet,
     mask_from_alpha,
     redux,
 )
@@ -31,6 +35,17 @@ def folders(tmp_path_factory):
     for part in ("image_encoder", "image_embedder"):
         (small_redux(tmp_path_factory.mktemp("redux") / "redux") / part).rename(folders[64] / part)
     return folders
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory):
+    """net/, union/, ip.safetensors and image_encoder/ in a folder."""
+    path = tmp_path_factory.mktemp("adapters")
+    controlnet().save_pretrained(path / "net")
+    controlnet(modes=7).save_pretrained(path / "union")
+    clip_vision().save_pretrained(path / "image_encoder")
+    save_file(ip_adapter_state(), path / "ip.safetensors")
+    return path
 
 
 @pytest.fixture
@@ -86,6 +101,19 @@ def test_a_command_paints_what_its_function_paints(folders, files, monkeypatch, 
         assert all(flag.strip("-").replace("-", "_") in picture.text for flag in ("--strength", "--canny", "--expand") if flag in flags)
 
 
+def test_controlnets_and_ip_adapters_are_given_by_flags(folders, adapters, files, monkeypatch):
+    run(monkeypatch, "image_to_image", "owl", "--image", "a.png", "--model", folders[64], "--device", "cpu", "--steps", 1, "--quiet",
+        "--max-text-tokens", 8, "--controlnet", adapters / "net", adapters / "union", "--control-image", "a.png", "mask.png",
+        "--control-scale", 0.7, "--control-mode", "none", "pose", "--ip-adapter", adapters / "ip.safetensors", "--ip-image", "mask.png",
+        "--ip-scale", 0.6)
+    flux = add_ip_adapter(load(folders[64], device="cpu"), adapters / "ip.safetensors")
+    nets = [load_controlnet(adapters / name, device="cpu") for name in ("net", "union")]
+    expected, = image_to_image(flux, "owl", "a.png", controlnet=[(nets[0], "a.png", 0.7), (nets[1], "mask.png", 0.7, 0.0, 1.0, "pose")],
+                               ip_image="mask.png", ip_scale=0.6, **SMALL)
+    with Image.open("image_to_image.png") as picture:
+        assert picture.tobytes() == expected.tobytes() and "union" in picture.text["controlnet"]
+
+
 @pytest.mark.parametrize("task", TASKS)
 def test_help_names_every_flag_with_its_default(monkeypatch, capsys, task):
     with pytest.raises(SystemExit) as stop:
@@ -103,9 +131,13 @@ def test_help_names_every_flag_with_its_default(monkeypatch, capsys, task):
     ("inpaint", "owl --mask mask.png", "the following arguments are required: --image"),
     ("image_to_image", "owl --image a.png --strength 2", "strength is 2.0"),
     ("image_to_image", "owl --image a.png --width 8", "width is 8"),
-    ("control", "owl", "one of the arguments --control-image --canny is required"),
+    ("control", "owl", "one of the arguments --control-image --canny --depth is required"),
     ("control", "owl --canny a.png --width 8", "control needs a transformer with 128 input channels"),
     ("redux", "", "the following arguments are required: --image"),
+    ("generate", "owl --controlnet net.safetensors", "there are 0 values of --control-image for 1 ControlNets"),
+    ("generate", "owl --control-image a.png", "there are 1 values of --control-image for 0 ControlNets"),
+    ("generate", "owl --controlnet nowhere.safetensors --control-image a.png", "'nowhere.safetensors' is neither a folder nor"),
+    ("generate", "owl --ip-image a.png", "has no IP-Adapter"),
 ])
 def test_a_mistake_ends_in_one_line_and_exit_code_2(folders, files, monkeypatch, capsys, task, flags, sentence):
     before = sorted(files.iterdir())

@@ -75,12 +75,13 @@ def pick(kind: type, values: dict, names: dict[str, str], source: Path):
 def checked(field: Field, key: str, value, source: Path):
     """The value of a config's key, if it is what the field holds: a believable size or number."""
     limit = 1_000 if field.name.startswith(("num_", "depth")) else 1_000_000
+    least = field.metadata.get("least", 1)
 
     def is_size(n) -> bool:
-        return type(n) is int and 0 < n <= limit
+        return type(n) is int and least <= n <= limit
 
     if field.type is int:
-        good, expected = is_size(value), f"a whole number from 1 to {limit:,}"
+        good, expected = is_size(value), f"a whole number from {least} to {limit:,}"
     elif field.type is float:
         good = type(value) in (int, float) and math.isfinite(value) and (value > 0 or field.name == "shift_factor")
         expected = "a positive number"

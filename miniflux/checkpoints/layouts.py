@@ -6,11 +6,12 @@
 Sizes come from a config.json where there is one, else from the shapes of the tensors, never from a name.
 """
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 from ..networks.autoencoder import Autoencoder, AutoencoderConfig
-from ..networks.clip import CLIPConfig, CLIPText
+from ..networks.clip import CLIPConfig, CLIPText, CLIPVision, CLIPVisionConfig
+from ..networks.controlnet import ControlNet, ControlNetConfig
 from ..networks.mmdit import MMDiT, MMDiTConfig
 from ..networks.siglip import ReduxConfig, ReduxEmbedder, SigLIP, SigLIPConfig
 from ..networks.t5 import T5, T5Config
@@ -19,12 +20,14 @@ from .formats import listing, read_json, read_safetensors, read_sharded
 from .names import (
     autoencoder_from_diffusers,
     autoencoder_levels,
+    controlnet_from_any,
     count,
     is_joined,
     mmdit_from_diffusers,
 )
 
 COMFYUI_PREFIX = "model.diffusion_model."
+CLIP_VISION = "openai/clip-vit-large-patch14"
 
 
 def load_mmdit(path: Path, device="cpu", dtype=None) -> MMDiT:
@@ -42,39 +45,76 @@ def load_mmdit(path: Path, device="cpu", dtype=None) -> MMDiT:
     return build(MMDiT, mmdit_config_from_tensors(state, path), state, path, device, dtype)
 
 
+MMDIT_FIELDS = {"in_channels": "in_channels", "out_channels": "out_channels", "vec_in_dim": "pooled_projection_dim",
+                "context_in_dim": "joint_attention_dim", "hidden_size": "hidden_size", "num_heads": "num_attention_heads",
+                "depth": "num_layers", "depth_single_blocks": "num_single_layers", "axes_dim": "axes_dims_rope",
+                "guidance_embed": "guidance_embeds"}
+
+
 def mmdit_config(values: dict, source: Path) -> MMDiTConfig:
     """Sizes from a `FluxTransformer2DModel` config; what it leaves out has diffusers' defaults, which are dev's."""
     check_class(values, ("FluxTransformer2DModel",), source)
-    names = dict(in_channels="in_channels", out_channels="out_channels", vec_in_dim="pooled_projection_dim",
-                 context_in_dim="joint_attention_dim", hidden_size="hidden_size", num_heads="num_attention_heads",
-                 depth="num_layers", depth_single_blocks="num_single_layers", axes_dim="axes_dims_rope",
-                 guidance_embed="guidance_embeds")
+    return pick(MMDiTConfig, mmdit_values(values, source), MMDIT_FIELDS, source)
+
+
+def mmdit_values(values: dict, source: Path) -> dict:
+    """The config with what diffusers derives from it."""
     heads, head_dim = values.get("num_attention_heads", 24), values.get("attention_head_dim", 128)
     if type(heads) is not int or type(head_dim) is not int:
         raise ValueError(f"{source}: the attention's sizes are {heads!r:.30} and {head_dim!r:.30}, expected whole numbers")
     # Note: two defaults that are not dev's: no guidance_embeds means false, no out_channels as many as in_channels.
-    values = {"guidance_embeds": False} | values | {
+    return {"guidance_embeds": False} | values | {
         "hidden_size": heads * head_dim, "out_channels": values.get("out_channels") or values.get("in_channels", 64)}
-    return pick(MMDiTConfig, values, names, source)
 
 
 def mmdit_config_from_tensors(state: State, source: Path) -> MMDiTConfig:
     """Sizes from the shapes of an original checkpoint's tensors."""
-    needed = ("img_in.weight", "txt_in.weight", "vector_in.in_layer.weight", "final_layer.linear.weight",
+    sizes, out = mmdit_sizes(state, source), state.get("final_layer.linear.weight")
+    if out is None or out.ndim == 0 or 0 in out.shape:
+        raise ValueError(f"{source} is not a FLUX transformer: it lacks final_layer.linear.weight")
+    return MMDiTConfig(out_channels=len(out), **sizes)
+
+
+def mmdit_sizes(state: State, source: Path) -> dict:
+    """Sizes of a transformer, or of its copy in a ControlNet, from the shapes of its tensors under their original names."""
+    needed = ("img_in.weight", "txt_in.weight", "vector_in.in_layer.weight",
               "double_blocks.0.img_attn.norm.query_norm.scale", "double_blocks.0.img_mlp.0.weight")
     if missing := [name for name in needed if name not in state or 0 in state[name].shape or state[name].ndim == 0]:
         raise ValueError(f"{source} is not a FLUX transformer: it lacks {listing(missing)}")
-    img_in, txt_in, vec_in, out, scale, mlp = (state[name] for name in needed)
+    img_in, txt_in, vec_in, scale, mlp = (state[name] for name in needed)
     hidden, head_dim = len(img_in), len(scale)
     if hidden % head_dim or head_dim % 2:
         raise ValueError(f"{source}: {hidden} channels cannot be heads of {head_dim} each, expected an even divisor")
     # Note: how a head is shared among the axes is not in the shapes: as in all official models, 1/8, 7/16, 7/16 of it.
     side = 2 * (head_dim * 7 // 32)
-    return MMDiTConfig(
-        in_channels=img_in.shape[-1], out_channels=len(out), vec_in_dim=vec_in.shape[-1], context_in_dim=txt_in.shape[-1],
-        hidden_size=hidden, num_heads=hidden // head_dim, mlp_ratio=len(mlp) / hidden,
-        depth=count(set(state), "double_blocks"), depth_single_blocks=count(set(state), "single_blocks"),
-        axes_dim=(head_dim - 2 * side, side, side), guidance_embed="guidance_in.in_layer.weight" in state)
+    return {"in_channels": img_in.shape[-1], "vec_in_dim": vec_in.shape[-1], "context_in_dim": txt_in.shape[-1],
+            "hidden_size": hidden, "num_heads": hidden // head_dim, "mlp_ratio": len(mlp) / hidden,
+            "depth": count(set(state), "double_blocks"), "depth_single_blocks": count(set(state), "single_blocks"),
+            "axes_dim": (head_dim - 2 * side, side, side), "guidance_embed": "guidance_in.in_layer.weight" in state}
+
+
+def load_controlnet(path: Path, device="cpu", dtype=None) -> ControlNet:
+    """A ControlNet from a folder with a config.json, or from a single file (InstantX's or XLabs' names)."""
+    if (source := path / "config.json").is_file():
+        values = read_json(source)
+        check_class(values, ("FluxControlNetModel",), source)
+        # Note: diffusers' defaults are a whole copy of the transformer, and no modes.
+        values = {"num_layers": 19, "num_single_layers": 38} | mmdit_values(values, source) | {
+            "num_mode": values.get("num_mode") or 0, "hint": values.get("conditioning_embedding_channels") is not None}
+        config = pick(ControlNetConfig, values, MMDIT_FIELDS | {"modes": "num_mode", "hint": "hint"}, source)
+        state = controlnet_from_any(read_sharded(path, "diffusion_pytorch_model", is_joined))
+        return build(ControlNet, config, state, path, device, dtype)
+    if path.is_dir():
+        files = sorted(path.glob("*.safetensors"))
+        if len(files) != 1:
+            raise ValueError(f"{path} has no config.json and {len(files)} safetensors files: name the ControlNet's file")
+        path = files[0]
+    state = controlnet_from_any(read_safetensors(path, is_joined))
+    if "controlnet_x_embedder.weight" not in state:
+        raise ValueError(f"{path} is not a FLUX ControlNet: it has neither controlnet_x_embedder nor pos_embed_input")
+    modes = state.get("controlnet_mode_embedder.weight", ())
+    config = ControlNetConfig(modes=len(modes), hint="input_hint_block.0.weight" in state, **mmdit_sizes(state, path))
+    return build(ControlNet, config, state, path, device, dtype)
 
 
 def load_autoencoder(path: Path, device="cpu", dtype=None) -> Autoencoder:
@@ -189,21 +229,44 @@ def t5_config(values: dict, state: State, source: Path) -> T5Config:
                     num_layers=count(set(state), "encoder.block"), num_buckets=buckets, max_distance=reach)
 
 
-def load_siglip(path: Path, device="cpu", dtype=None) -> SigLIP:
-    """SigLIP's vision tower from a folder `image_encoder/` or that of a whole SigLIP."""
+# Note: transformers leaves out of a vision config what is its default, which is the base model's and not ours.
+VISION_DEFAULTS = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12, "image_size": 224}
+
+
+def vision_config(kind: type, classes: tuple[str, ...], patch_size: int, path: Path):
+    """Sizes of a vision tower from the config of its folder, or of a folder with a text tower too."""
     source = path / "config.json"
     values = read_json(source)
-    check_class(values, ("SiglipVisionModel", "SiglipModel"), source)
-    vision = values.get("vision_config")
-    # Note: transformers leaves out of a config what is its default, which is the base model's and not ours.
-    base = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, image_size=224, patch_size=16)
-    config = tower_config(SigLIPConfig, base | values | (vision if isinstance(vision, dict) else {}), source)
+    check_class(values, classes, source)
+    own = values.get("vision_config")
+    config = tower_config(kind, VISION_DEFAULTS | {"patch_size": patch_size} | values | (own if isinstance(own, dict) else {}), source)
     if config.image_size < config.patch_size:
         raise ValueError(f"{source}: patches of {config.patch_size} do not fit into pictures of {config.image_size} pixels")
-    # Note: newer transformers leave the prefix out; the head pools the tokens, which Redux takes as they are.
-    state = {k if k.startswith("vision_model.") else f"vision_model.{k}": v for k, v in read_sharded(path, "model").items()
-             if not k.startswith(("text_model.", "logit_", "head.", "vision_model.head.")) and not k.endswith("position_ids")}
-    return build(SigLIP, config, state, path, device, dtype)
+    return config
+
+
+def vision_state(path: Path, drop: tuple[str, ...]) -> State:
+    """The tensors of a vision tower. Note: newer transformers leave its prefix out."""
+    state = {name: tensor for name, tensor in read_sharded(path, "model").items()
+             if not name.startswith(("text_model.", "logit_", *drop)) and not name.endswith("position_ids")}
+    return {name if name.startswith(("vision_model.", "visual_projection.")) else f"vision_model.{name}": state[name] for name in state}
+
+
+def load_siglip(path: Path, device="cpu", dtype=None) -> SigLIP:
+    """SigLIP's vision tower from a folder `image_encoder/` or that of a whole SigLIP."""
+    config = vision_config(SigLIPConfig, ("SiglipVisionModel", "SiglipModel"), 16, path)
+    # Note: the head pools the tokens, which Redux takes as they are.
+    return build(SigLIP, config, vision_state(path, ("head.", "vision_model.head.")), path, device, dtype)
+
+
+def load_clip_vision(path: Path, device="cpu", dtype=None) -> CLIPVision:
+    """CLIP's vision tower with its projection, from a folder `image_encoder/` or that of a whole CLIP."""
+    config = vision_config(CLIPVisionConfig, ("CLIPVisionModelWithProjection", "CLIPModel"), 32, path)
+    state = vision_state(path, ("text_projection.",))
+    projection = state.get("visual_projection.weight")
+    if projection is None or projection.ndim != 2 or not len(projection):
+        raise ValueError(f"{path} has no visual_projection: expected the image encoder of an IP-Adapter, {CLIP_VISION}")
+    return build(CLIPVision, replace(config, projection_dim=len(projection)), state, path, device, dtype)
 
 
 def load_redux(path: Path, device="cpu", dtype=None) -> ReduxEmbedder:

@@ -48,6 +48,14 @@ SINGLE_BLOCK = {
 }
 SWAPPED_HALVES = "final_layer.adaLN_modulation.1"
 
+# What a ControlNet has besides, under other names than ours: XLabs' embedding, and the convolutions as diffusers calls them.
+CONTROLNET = {
+    "pos_embed_input": "controlnet_x_embedder",
+    "input_hint_block.conv_in": "input_hint_block.0",
+    **{f"input_hint_block.blocks.{i}": f"input_hint_block.{2 * i + 2}" for i in range(6)},
+    "input_hint_block.conv_out": "input_hint_block.14",
+}
+
 AUTOENCODER = {
     "conv_in": ["conv_in"],
     "conv_out": ["conv_out"],
@@ -149,6 +157,13 @@ def mmdit_from_diffusers(state: dict[str, Tensor]) -> dict[str, Tensor]:
     names = set(state)
     state = from_diffusers(state, mmdit_modules(count(names, "transformer_blocks"), count(names, "single_transformer_blocks")))
     return {k: swap_halves(v) if k.startswith(SWAPPED_HALVES) else v for k, v in state.items()}
+
+
+def controlnet_from_any(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Names of diffusers' `FluxControlNetModel` or of XLabs' files -> ours (empties `state`)."""
+    state = mmdit_from_diffusers(state)
+    modules = {name: name.rpartition(".")[0] for name in state}
+    return {CONTROLNET.get(module, module) + name.removeprefix(module): state[name] for name, module in modules.items()}
 
 
 def mmdit_to_diffusers(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,9 +1,11 @@
-"""CLIP's text tower: a prompt -> one vector.
+"""CLIP: a prompt -> one vector, a picture -> one vector (Radford et al. 2021, arXiv:2103.00020).
 
-A small causal transformer reads up to 77 byte-pair tokens; what it holds at the end-of-text token is the prompt's
-pooled vector, which FLUX adds to the time embedding (Radford et al. 2021, arXiv:2103.00020).
+The text tower, a small causal transformer, reads up to 77 byte-pair tokens; what it holds at the end-of-text token is the prompt's
+pooled vector, which FLUX adds to the time embedding. The vision tower, without a mask, reads a picture's patches behind one
+class token; what it holds there is the picture's vector, which IP-Adapters turn into tokens.
 
-Attributes are named like the tensors of `openai/clip-vit-large-patch14`. Reference: transformers' `CLIPTextModel`.
+Attributes are named like the tensors of `openai/clip-vit-large-patch14`. Reference: transformers' `CLIPTextModel` and
+`CLIPVisionModelWithProjection`.
 """
 
 from dataclasses import dataclass
@@ -36,7 +38,7 @@ def tanh_gelu(x: Tensor) -> Tensor:
     return F.gelu(x, approximate="tanh")
 
 
-ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu_pytorch_tanh": tanh_gelu}
+ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu_pytorch_tanh": tanh_gelu, "gelu": F.gelu}
 
 
 class CLIPAttention(nn.Module):
@@ -127,3 +129,59 @@ class CLIPText(nn.Module):
         # Note: end-of-text is the largest id, and argmax finds the first of them; the official config's eos_token_id
         # (2) is a leftover and points nowhere. No padding mask: what follows the end cannot act on it (causal).
         return x[torch.arange(len(ids), device=ids.device), ids.argmax(dim=-1)]  # (B, hidden)
+
+
+@dataclass(frozen=True)
+class CLIPVisionConfig:
+    """Sizes of the vision tower; the defaults are CLIP ViT-L/14's (303,966,208 parameters)."""
+
+    hidden_size: int = 1024
+    intermediate_size: int = 4096
+    num_hidden_layers: int = 24
+    num_attention_heads: int = 16
+    image_size: int = 224
+    patch_size: int = 14
+    projection_dim: int = 768
+    layer_norm_eps: float = 1e-5
+    hidden_act: str = "quick_gelu"
+
+
+class CLIPVisionEmbeddings(nn.Module):
+    """Pictures (B, 3, S, S) -> the class token, then one token a patch: (B, 1+N, hidden)."""
+
+    def __init__(self, config: CLIPVisionConfig):
+        super().__init__()
+        self.class_embedding = nn.Parameter(torch.zeros(config.hidden_size))
+        self.patch_embedding = nn.Conv2d(3, config.hidden_size, config.patch_size, stride=config.patch_size, bias=False)
+        self.position_embedding = nn.Embedding(1 + (config.image_size // config.patch_size) ** 2, config.hidden_size)
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        patches = self.patch_embedding(pictures).flatten(2).transpose(1, 2)     # (B, N, hidden)
+        x = torch.cat([self.class_embedding.expand(len(patches), 1, -1), patches], dim=1)
+        return x + self.position_embedding.weight                               # (B, 1+N, hidden)
+
+
+class CLIPVisionTransformer(nn.Module):
+    def __init__(self, config: CLIPVisionConfig):
+        super().__init__()
+        self.embeddings = CLIPVisionEmbeddings(config)
+        self.pre_layrnorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)  # sic: the checkpoint's spelling
+        self.encoder = CLIPEncoder(config)
+        self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        x = self.encoder(self.pre_layrnorm(self.embeddings(pictures)), is_causal=False)
+        return self.post_layernorm(x[:, 0])                                     # (B, hidden)
+
+
+class CLIPVision(nn.Module):
+    """Pictures (B, 3, S, S), normalised, S = image_size -> their vectors (B, projection_dim), not of unit length."""
+
+    def __init__(self, config: CLIPVisionConfig = CLIPVisionConfig()):
+        super().__init__()
+        self.config = config
+        self.vision_model = CLIPVisionTransformer(config)
+        self.visual_projection = nn.Linear(config.hidden_size, config.projection_dim, bias=False)
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        return self.visual_projection(self.vision_model(pictures))              # (B, projection_dim)
