@@ -51,7 +51,7 @@ def tokenizer(vocab_size: int = 600, ignore_merges: bool = False) -> Tokenizer:
     bpe = Tokenizer(models.BPE(ignore_merges=ignore_merges))
     bpe.pre_tokenizer = pre_tokenizers.Sequence([
         pre_tokenizers.Split(Regex(MISTRAL_PIECES), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    text = Path(__file__).read_text() + "yes no Yes No A fox's 10 red apples, 北京 Ünïcode ... \n\n  if (x): return/\n" * 20
+    text = Path(__file__).read_text() + "yes\nno\n" * 200 + "Yes No A fox's 10 red apples, 北京 Ünïcode ... \n\n  if (x): return/\n" * 20
     bpe.train_from_iterator(text.splitlines(keepends=True), trainers.BpeTrainer(
         vocab_size=vocab_size, special_tokens=[AddedToken(token, special=True) for token in CONTROL],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))

@@ -1,0 +1,137 @@
+"""Content filters: does a picture or a prompt show what it should not?
+
+    flux-pictures -> classifier: how probably is it not safe for work?      above 0.85: flagged
+                  -> Pixtral, asked about the picture: brands, characters, public figures?      "yes": flagged
+    prompts       -> Pixtral, asked about the text
+
+These are the filters of the original repository's Kontext demo, in their order and with their threshold; the questions are in words
+of our own. No weights of theirs come along, so nothing is filtered unless it is asked for; and where it is asked for and something
+is missing, there is an error and no picture:
+
+    filters = load_filters("Falconsai/nsfw_image_detection", "mistral-community/pixtral-12b")
+    picture, = generate(flux, prompt, on_finish=stop_flagged(filters))
+
+Reference: `src/flux/content_filters.py` of the original repository.
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from .checkpoints.vision import find_folder, load_pixtral, load_vit_classifier
+from .flux import find_device
+from .images import BICUBIC, Picture, Pixels, as_pil, read_each, size_of, to_tensor
+from .networks.pixtral import Pixtral, PixtralTokenizer
+from .networks.vit_classifier import ViTClassifier
+
+THRESHOLD = 0.85
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)   # of Pixtral's pictures, which are CLIP's
+AREA, LONGEST = 512 ** 2, 1024     # pixels that Pixtral is shown, and the most a side may have
+
+RULES = """Answer with one word, "yes" or "no".
+Say "yes" if {what} one of these, and you could name it:
+- a character from a film, a series, a comic, a game or another protected work;
+- a trademark, a logo or a brand;
+- {people}.
+Say "no" in all other cases, also if somebody or something merely resembles them."""
+ABOUT_PICTURE = "Look for protected content in the picture below.\n" + RULES.format(
+    what="the picture shows", people="a public figure: somebody famous from politics, history, sport, film, music or the internet")
+AFTER_PICTURE = "Does this picture show protected content or a public figure?"
+ABOUT_TEXT = "Look for protected content in the description of a picture below.\n" + RULES.format(
+    what="the description asks for", people="a living public figure: somebody famous from politics, sport, film, music or the internet"
+) + "\nThe description:\n\n{text}\n\nDoes it ask for protected content or a public figure?"
+
+
+@dataclass(frozen=True)
+class Filters:
+    classifier: ViTClassifier
+    pixtral: Pixtral | None = None                         # without it texts cannot be looked at
+    tokenizer: PixtralTokenizer | None = None
+
+
+def load_filters(classifier: str | os.PathLike, pixtral: str | os.PathLike | None = None, *,
+                 device: torch.device | str | None = None) -> Filters:
+    """The filters from their folders, or from the local Hugging Face cache by their Hub ids, in the dtype of their files.
+
+    Raises FileNotFoundError for what is not there, ValueError for what is no such filter."""
+    device = find_device(device)
+    sorts = load_vit_classifier(find_folder(classifier, "Falconsai/nsfw_image_detection"), device)
+    if "nsfw" not in sorts.config.labels:
+        raise ValueError(f"{classifier} sorts pictures into {', '.join(sorts.config.labels[:5])}: expected a label nsfw")
+    if pixtral is None:
+        return Filters(sorts)
+    folder = find_folder(pixtral, "mistral-community/pixtral-12b")
+    tokenizer = PixtralTokenizer.from_folder(folder)
+    needed = {"<s>", "[INST]", "[/INST]", "[IMG]", "[IMG_BREAK]", "[IMG_END]"} - set(tokenizer.special)
+    if needed or any(len(tokenizer.encode(word)) != 1 for word in ("yes", "no")):
+        raise ValueError(f"the tokenizer of {folder} lacks one of <s>, [INST], [/INST], [IMG], [IMG_BREAK], [IMG_END], yes and no")
+    net = load_pixtral(folder, device)
+    if max([*tokenizer.vocab.values(), *tokenizer.special.values()]) >= net.config.vocab_size or (
+            tokenizer.special["[IMG]"] != net.config.image_token):
+        raise ValueError(f"the tokenizer of {folder} does not fit its model: it has other numbers for tokens")
+    return Filters(sorts, net, tokenizer)
+
+
+@torch.inference_mode()
+def is_flagged(image_or_text: Picture | list[Picture], filters: Filters) -> bool:
+    """Whether a text (a string) or one of the pictures (a path that is a `Path`, a PIL picture, an array, a tensor, or a list of
+    them) is what the filters look for."""
+    if isinstance(image_or_text, str):
+        if filters.pixtral is None:
+            raise ValueError("texts are looked at by Pixtral, which is not among these filters: load it too")
+        return says_yes(filters, [ABOUT_TEXT.format(text=image_or_text)])
+    return any(is_nsfw(picture, filters) or filters.pixtral is not None and says_yes(filters, [ABOUT_PICTURE, picture, AFTER_PICTURE])
+               for picture in read_each(image_or_text))
+
+
+def is_nsfw(picture: Pixels, filters: Filters) -> bool:
+    net = filters.classifier
+    x = to_tensor(picture, net.config.image_size, net.config.image_size, Image.Resampling.BILINEAR) * 2 - 1
+    scores = net(x.to(next(net.parameters()))).float().softmax(dim=-1)          # (1, labels)
+    return float(scores[0, net.config.labels.index("nsfw")]) > THRESHOLD
+
+
+def says_yes(filters: Filters, question: list[str | Pixels]) -> bool:
+    """Whether Pixtral's next word after the question, of texts and at most one picture, is rather "yes" than "no"."""
+    net, tokenizer = filters.pixtral, filters.tokenizer
+    special, weights = tokenizer.special, next(net.parameters())
+    ids, seen = [special["<s>"], special["[INST]"]], None
+    for part in question:
+        if isinstance(part, str):
+            ids += tokenizer.encode(part)
+        else:
+            seen = show(part, net.config.patch_size).to(weights)                # (1, 3, H, W)
+            h, w = (side // net.config.patch_size for side in seen.shape[-2:])
+            ids += h * ([special["[IMG]"]] * w + [special["[IMG_BREAK]"]])
+            ids[-1] = special["[IMG_END]"]
+    ids.append(special["[/INST]"])
+    logits = net(torch.tensor([ids], device=weights.device), seen)[0].float()   # (vocab,)
+    yes, no = (tokenizer.encode(word)[0] for word in ("yes", "no"))
+    return bool(logits[yes] > logits[no])
+
+
+def show(picture: Pixels, patch: int) -> Tensor:
+    """What Pixtral sees: about 512 x 512 pixels in the picture's shape, rounded up to whole patches: (1, 3, H, W)."""
+    width, height = size_of(picture)
+    scale = (AREA / (width * height)) ** 0.5
+    width, height = max(int(scale * width), 1), max(int(scale * height), 1)
+    # Note: resized twice, as the original does: to the area, then to the patches, if need be with the longest side cut to 1024.
+    picture = as_pil(picture).resize((width, height), BICUBIC)
+    ratio = max(width, height, LONGEST) / LONGEST
+    width, height = (max(-int(-(side // ratio) // patch), 1) * patch for side in (width, height))
+    return (to_tensor(picture, width, height, BICUBIC) - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+
+
+def stop_flagged(filters: Filters) -> Callable[[Tensor], Tensor]:
+    """For a task's `on_finish`: lets pictures (B, 3, H, W) through if none is flagged, else raises ValueError."""
+    def look(pictures: Tensor) -> Tensor:
+        for i, picture in enumerate(pictures):
+            if is_flagged(picture, filters):
+                raise ValueError(f"picture {i + 1} of {len(pictures)} was stopped by the content filter: try another seed or prompt")
+        return pictures
+
+    return look
