@@ -20,7 +20,7 @@ from .images import Picture, Pictures, fit, natural_size, read_pictures, size_of
 from .latents import encode
 from .masks import fit_masks, latent_mask, read_masks
 from .prompt import Text
-from .sampling import OnStep, patchify
+from .sampling import OnFinish, OnStep, patchify
 from .settings import resolve
 
 
@@ -29,8 +29,8 @@ def control(flux: Flux, prompt: Text, control_image: Picture | list[Picture], *,
             mask: Picture | list[Picture] | None = None, strength: float = 0.6, width: int | None = None,
             height: int | None = None, steps: int | None = None, guidance: float | None = None, seed: int = 0,
             num_images: int = 1, negative_prompt: Text | None = None, true_cfg: float = 1.0, sigmas: Sequence[float] | None = None,
-            max_text_tokens: int | None = None, output: str = "pil", progress: bool = True, on_step: OnStep | None = None
-            ) -> Pictures:
+            max_text_tokens: int | None = None, output: str = "pil", progress: bool = True, on_step: OnStep | None = None,
+            on_finish: OnFinish | None = None) -> Pictures:
     """Paint after a prompt along a control picture: edges (see `canny`) or depths (near is bright), as the model was made.
 
     control_image: one (PIL, path, array (H, W, 3), tensor (3, H, W)), or a list, one for each prompt. image, strength: begin
@@ -45,8 +45,8 @@ def control(flux: Flux, prompt: Text, control_image: Picture | list[Picture], *,
         raise ValueError("there is a mask but no image whose part it could show: give image= too")
     controls = read_pictures(control_image, "control image")
     call = resolve("control" if image is None else "control of a picture", flux, width, height, steps, guidance, seed, num_images,
-                   negative_prompt, true_cfg, sigmas, max_text_tokens, output, progress, on_step, like=size_of(controls[0]),
-                   strength=1.0 if image is None else strength)
+                   negative_prompt, true_cfg, sigmas, max_text_tokens, output, progress, on_step, on_finish,
+                   like=size_of(controls[0]), strength=1.0 if image is None else strength)
     size, start, repaint = (call.width, call.height), None, None
     beside = patchify(encode(flux, fit(controls, *size)))                       # (n, N, 64)
     if image is not None:

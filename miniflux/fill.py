@@ -19,7 +19,7 @@ from .images import Picture, Pictures, fit, read_pictures, size_of, to_tensor
 from .latents import encode
 from .masks import feather, fit_masks, paste, read_masks
 from .prompt import Text
-from .sampling import OnStep, patchify
+from .sampling import OnFinish, OnStep, patchify
 from .settings import resolve
 
 
@@ -28,7 +28,7 @@ def fill(flux: Flux, prompt: Text, image: Picture | list[Picture], mask: Picture
          strength: float = 1.0, width: int | None = None, height: int | None = None, steps: int | None = None,
          guidance: float | None = None, seed: int = 0, num_images: int = 1, negative_prompt: Text | None = None,
          true_cfg: float = 1.0, sigmas: Sequence[float] | None = None, max_text_tokens: int | None = None, output: str = "pil",
-         progress: bool = True, on_step: OnStep | None = None) -> Pictures:
+         progress: bool = True, on_step: OnStep | None = None, on_finish: OnFinish | None = None) -> Pictures:
     """Fill the white part of a mask after a prompt.
 
     image, mask: one (PIL, path, array (H, W, 3), tensor (3, H, W)), or a list, one for each prompt; the mask is grey and cut
@@ -41,7 +41,7 @@ def fill(flux: Flux, prompt: Text, image: Picture | list[Picture], mask: Picture
     out of range. Reference: diffusers' `FluxFillPipeline`, with the mean of the autoencoder's posterior."""
     pictures = read_pictures(image, "image")
     call = resolve("fill", flux, width, height, steps, guidance, seed, num_images, negative_prompt, true_cfg, sigmas,
-                   max_text_tokens, output, progress, on_step, like=size_of(pictures[0]), strength=strength)
+                   max_text_tokens, output, progress, on_step, on_finish, like=size_of(pictures[0]), strength=strength)
     masks = read_masks(mask, pictures)
     known, hole = fit(pictures, call.width, call.height), fit_masks(masks, call.width, call.height)
     start = None if strength == 1 and sigmas is None else encode(flux, known)   # at t = 1 nothing is left of it

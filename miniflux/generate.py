@@ -17,7 +17,7 @@ from .flux import Flux
 from .images import Pictures, to_pil
 from .latents import decode, spread
 from .prompt import Prompt, Text, encode_prompt, match, repeat
-from .sampling import OnStep, Velocity, classifier_free, euler, flow, keep, noise, schedule, steer
+from .sampling import OnFinish, OnStep, Velocity, classifier_free, euler, flow, keep, noise, schedule, steer
 from .settings import Call, resolve
 
 
@@ -26,8 +26,8 @@ def generate(flux: Flux, prompt: Text, *, width: int | None = None, height: int 
              guidance: float | None = None, seed: int = 0, num_images: int = 1, negative_prompt: Text | None = None,
              true_cfg: float = 1.0, sigmas: Sequence[float] | None = None, max_text_tokens: int | None = None,
              controlnet: Controls | None = None, ip_image: IPImage | None = None, ip_scale: IPScale = 1.0,
-             negative_ip_image: IPImage | None = None, output: str = "pil", progress: bool = True, on_step: OnStep | None = None
-             ) -> Pictures:
+             negative_ip_image: IPImage | None = None, output: str = "pil", progress: bool = True, on_step: OnStep | None = None,
+             on_finish: OnFinish | None = None) -> Pictures:
     """Paint pictures from text.
 
     prompt: a string, a list of strings or an encoded `Prompt`; `num_images` pictures of each, side by side.
@@ -41,12 +41,14 @@ def generate(flux: Flux, prompt: Text, *, width: int | None = None, height: int 
     negative_ip_image: what to avoid in the second pass (default: black).
     output: "pil" (a list), "tensor" (B, 3, H, W) in [0, 1], or "latents" (B, 16, H/8, W/8).
     on_step(step, t, x): called before each step with its number, its time and the latents (B, 16, H/8, W/8) at that time.
+    on_finish(pictures): makes of the finished pictures (B, 3, H, W) in [0, 1] what is returned, such as `add_watermark`, or raises
+    an error, such as `stop_flagged(filters)`.
 
     Raises ValueError for a value out of range. Papers: arXiv:2403.03206. Reference: diffusers' `FluxPipeline` and
     `FluxControlNetPipeline`."""
     controls = read_controls(flux, controlnet)
     call = resolve("generate with a ControlNet" if controls else "generate", flux, width, height, steps, guidance, seed, num_images,
-                   negative_prompt, true_cfg, sigmas, max_text_tokens, output, progress, on_step, like=like(controls))
+                   negative_prompt, true_cfg, sigmas, max_text_tokens, output, progress, on_step, on_finish, like=like(controls))
     return paint(flux, prompt, call, controls=controls, ip=read_ip_images(flux, ip_image, ip_scale, negative_ip_image))
 
 
@@ -91,6 +93,8 @@ def paint(flux: Flux, prompt: Text, call: Call, *, start: Tensor | None = None, 
 
 def deliver(flux: Flux, pictures: Tensor, call: Call) -> Pictures:
     """(B, 3, H, W) in [0, 1] as it is, or as PIL pictures whose `info` says how they were made."""
+    if call.on_finish and not isinstance(pictures := call.on_finish(pictures), Tensor):
+        raise ValueError(f"on_finish returned a {type(pictures).__name__}: expected the pictures (B, 3, H, W) or others in their place")
     if call.output == "tensor":
         return pictures
     painted, guidance = to_pil(pictures), call.guidance if flux.mmdit.config.guidance_embed else None

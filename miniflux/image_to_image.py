@@ -17,7 +17,7 @@ from .generate import paint
 from .images import Picture, Pictures, fit, read_pictures, size_of
 from .latents import encode
 from .prompt import Text
-from .sampling import OnStep
+from .sampling import OnFinish, OnStep
 from .settings import resolve
 
 
@@ -27,7 +27,8 @@ def image_to_image(flux: Flux, prompt: Text, image: Picture | list[Picture], *, 
                    num_images: int = 1, negative_prompt: Text | None = None, true_cfg: float = 1.0,
                    sigmas: Sequence[float] | None = None, max_text_tokens: int | None = None, controlnet: Controls | None = None,
                    ip_image: IPImage | None = None, ip_scale: IPScale = 1.0, negative_ip_image: IPImage | None = None,
-                   output: str = "pil", progress: bool = True, on_step: OnStep | None = None) -> Pictures:
+                   output: str = "pil", progress: bool = True, on_step: OnStep | None = None,
+                   on_finish: OnFinish | None = None) -> Pictures:
     """Repaint a picture after a prompt.
 
     image: one picture (PIL, path, array (H, W, 3), tensor (3, H, W)), or a list of them, one for each prompt. strength: in
@@ -38,7 +39,7 @@ def image_to_image(flux: Flux, prompt: Text, image: Picture | list[Picture], *, 
     Reference: diffusers' `FluxImg2ImgPipeline` and `FluxControlNetImg2ImgPipeline`, with the mean of the autoencoder's posterior."""
     pictures, controls = read_pictures(image, "image"), read_controls(flux, controlnet)
     call = resolve("image_to_image", flux, width, height, steps, guidance, seed, num_images, negative_prompt, true_cfg, sigmas,
-                   max_text_tokens, output, progress, on_step, like=size_of(pictures[0]), strength=strength)
+                   max_text_tokens, output, progress, on_step, on_finish, like=size_of(pictures[0]), strength=strength)
     return paint(flux, prompt, call, start=encode(flux, fit(pictures, call.width, call.height)), controls=controls,
                  ip=read_ip_images(flux, ip_image, ip_scale, negative_ip_image))
 

@@ -18,7 +18,7 @@ from .images import Picture, Pictures, fit, read_pictures, size_of
 from .latents import encode
 from .masks import around_mask, fit_masks, latent_mask, read_masks
 from .prompt import Text
-from .sampling import OnStep
+from .sampling import OnFinish, OnStep
 from .settings import resolve
 
 
@@ -28,8 +28,8 @@ def inpaint(flux: Flux, prompt: Text, image: Picture | list[Picture], mask: Pict
             guidance: float | None = None, seed: int = 0, num_images: int = 1, negative_prompt: Text | None = None,
             true_cfg: float = 1.0, sigmas: Sequence[float] | None = None, max_text_tokens: int | None = None,
             controlnet: Controls | None = None, ip_image: IPImage | None = None, ip_scale: IPScale = 1.0,
-            negative_ip_image: IPImage | None = None, output: str = "pil", progress: bool = True, on_step: OnStep | None = None
-            ) -> Pictures:
+            negative_ip_image: IPImage | None = None, output: str = "pil", progress: bool = True, on_step: OnStep | None = None,
+            on_finish: OnFinish | None = None) -> Pictures:
     """Repaint the white part of a mask after a prompt; the rest keeps its latents.
 
     image, mask: as in `image_to_image`; the mask is grey and cut at one half. strength: in (0, 1], as there. mask_padding: paint
@@ -40,7 +40,7 @@ def inpaint(flux: Flux, prompt: Text, image: Picture | list[Picture], mask: Pict
     Reference: diffusers' `FluxInpaintPipeline` and `FluxControlNetInpaintPipeline`, with the mean of the autoencoder's posterior."""
     pictures, controls = read_pictures(image, "image"), read_controls(flux, controlnet)
     call = resolve("inpaint", flux, width, height, steps, guidance, seed, num_images, negative_prompt, true_cfg, sigmas,
-                   max_text_tokens, output, progress, on_step, like=size_of(pictures[0]), strength=strength)
+                   max_text_tokens, output, progress, on_step, on_finish, like=size_of(pictures[0]), strength=strength)
     masks, put_back = read_masks(mask, pictures), None
     if mask_padding is not None:
         near, put_back = around_mask(pictures, masks, call.width, call.height, mask_padding)

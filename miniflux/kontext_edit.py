@@ -28,7 +28,7 @@ from .images import (
 )
 from .latents import encode
 from .prompt import Text
-from .sampling import OnStep, image_ids, patchify
+from .sampling import OnFinish, OnStep, image_ids, patchify
 from .settings import resolve
 
 # Width x height of about a megapixel: what Kontext was trained on.
@@ -42,7 +42,7 @@ def kontext_edit(flux: Flux, prompt: Text, image: Picture | list[Picture], *, au
                  seed: int = 0, num_images: int = 1, negative_prompt: Text | None = None, true_cfg: float = 1.0,
                  sigmas: Sequence[float] | None = None, max_text_tokens: int | None = None, ip_image: IPImage | None = None,
                  ip_scale: IPScale = 1.0, negative_ip_image: IPImage | None = None, output: str = "pil", progress: bool = True,
-                 on_step: OnStep | None = None) -> Pictures:
+                 on_step: OnStep | None = None, on_finish: OnFinish | None = None) -> Pictures:
     """Change a picture by an instruction.
 
     image: one (PIL, path, array (H, W, 3), tensor (3, H, W)), or a list, one for each prompt. auto_resize: the model sees it in
@@ -57,7 +57,7 @@ def kontext_edit(flux: Flux, prompt: Text, image: Picture | list[Picture], *, au
     seen = seen_size(flux, size_of(pictures[0]), auto_resize)
     width, height = painted_size(seen, width, height, max_area)
     call = resolve("kontext_edit", flux, width, height, steps, guidance, seed, num_images, negative_prompt, true_cfg, sigmas,
-                   max_text_tokens, output, progress, on_step)
+                   max_text_tokens, output, progress, on_step, on_finish)
     return paint(flux, prompt, call, after=reference(encode(flux, fit(pictures, *seen))),
                  ip=read_ip_images(flux, ip_image, ip_scale, negative_ip_image))
 

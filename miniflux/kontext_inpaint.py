@@ -20,7 +20,7 @@ from .kontext_edit import reference as seen_beside
 from .latents import encode
 from .masks import around_mask, fit_masks, latent_mask, read_masks
 from .prompt import Text
-from .sampling import OnStep
+from .sampling import OnFinish, OnStep
 from .settings import resolve
 
 
@@ -31,7 +31,8 @@ def kontext_inpaint(flux: Flux, prompt: Text, image: Picture | list[Picture], ma
                     guidance: float | None = None, seed: int = 0, num_images: int = 1, negative_prompt: Text | None = None,
                     true_cfg: float = 1.0, sigmas: Sequence[float] | None = None, max_text_tokens: int | None = None,
                     ip_image: IPImage | None = None, ip_scale: IPScale = 1.0, negative_ip_image: IPImage | None = None,
-                    output: str = "pil", progress: bool = True, on_step: OnStep | None = None) -> Pictures:
+                    output: str = "pil", progress: bool = True, on_step: OnStep | None = None,
+                    on_finish: OnFinish | None = None) -> Pictures:
     """Repaint the white part of a mask by an instruction, or after a reference picture.
 
     image, mask, strength, mask_padding: as in `inpaint` (strength 1 by default). reference: a picture of what is to be painted;
@@ -45,7 +46,7 @@ def kontext_inpaint(flux: Flux, prompt: Text, image: Picture | list[Picture], ma
     pictures = read_pictures(image, "image")
     width, height = painted_size(seen_size(flux, size_of(pictures[0]), auto_resize), width, height)
     call = resolve("kontext_inpaint", flux, width, height, steps, guidance, seed, num_images, negative_prompt, true_cfg, sigmas,
-                   max_text_tokens, output, progress, on_step, strength=strength)
+                   max_text_tokens, output, progress, on_step, on_finish, strength=strength)
     masks, put_back, size = read_masks(mask, pictures), None, (call.width, call.height)
     if mask_padding is not None:
         near, put_back = around_mask(pictures, masks, *size, mask_padding)

@@ -22,6 +22,7 @@ from .networks.mmdit import KeysValues, MMDiT
 
 Velocity = Callable[..., Tensor]                     # (x, t) -> dx/dt, as latents (B, 16, h, w)
 OnStep = Callable[[int, float, Tensor], None]        # (step, t, x)
+OnFinish = Callable[[Tensor], Tensor]                # pictures (B, 3, H, W) in [0, 1] -> what is returned of them
 
 
 def noise(seeds: Iterable[int], height: int, width: int, channels: int = 16, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from .flux import Flux
 from .images import OUTPUTS, check_number, check_side, natural_size, round_size
 from .prompt import Text
-from .sampling import OnStep
+from .sampling import OnFinish, OnStep
 
 
 @dataclass(frozen=True)
@@ -53,12 +53,13 @@ class Call:
     output: str
     progress: bool
     on_step: OnStep | None
+    on_finish: OnFinish | None
     strength: float = 1.0
 
 
 def resolve(task: str, flux: Flux, width: int | None, height: int | None, steps: int | None, guidance: float | None, seed: int,
             num_images: int, negative_prompt: Text | None, true_cfg: float, sigmas: Sequence[float] | None,
-            max_text_tokens: int | None, output: str, progress: bool, on_step: OnStep | None, *,
+            max_text_tokens: int | None, output: str, progress: bool, on_step: OnStep | None, on_finish: OnFinish | None, *,
             like: tuple[int, int] | None = None, strength: float = 1.0) -> Call:
     """Checks the keywords that all tasks share and fills in what is None.
 
@@ -91,6 +92,8 @@ def resolve(task: str, flux: Flux, width: int | None, height: int | None, steps:
     check_number("strength", strength, 0.001, 1)
     if output not in OUTPUTS:
         raise ValueError(f"output is {output!r}: expected one of {', '.join(OUTPUTS)}")
+    if output == "latents" and on_finish is not None:
+        raise ValueError('on_finish looks at pictures, and output="latents" asks for none: leave one of them out')
     for name, side in (("width", width), ("height", height)):
         if side is not None:
             check_side(name, side)
@@ -99,4 +102,4 @@ def resolve(task: str, flux: Flux, width: int | None, height: int | None, steps:
         width, height = natural_size(like, size ** 2, width, height)
     width, height = round_size(size if width is None else width, size if height is None else height)
     return Call(width, height, steps, guidance, seed, num_images, negative_prompt, true_cfg,
-                sigmas, max_text_tokens, output, progress, on_step, strength)
+                sigmas, max_text_tokens, output, progress, on_step, on_finish, strength)

@@ -7,9 +7,20 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from reference import small_pipeline
 from reference_vision import small_pixtral, small_vit, tokenizer
 from transformers import PixtralImageProcessorPil, ViTImageProcessorPil
 
+from miniflux import (
+    control,
+    fill,
+    generate,
+    image_to_image,
+    inpaint,
+    kontext_edit,
+    kontext_inpaint,
+    load,
+)
 from miniflux.safety import (
     ABOUT_PICTURE,
     ABOUT_TEXT,
@@ -164,3 +175,47 @@ def test_a_classifier_of_other_things_and_a_tokenizer_that_does_not_fit_are_refu
     (tmp_path / "other" / "tokenizer.json").write_text(words)
     with pytest.raises(ValueError, match=r"lacks one of <s>, \[INST\]"):
         load_filters(folders[0], tmp_path / "other", device="cpu")
+
+
+# ------------------------------------------------------------------------------------------------------------ on_finish
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    return {n: load(small_pipeline(tmp_path_factory.mktemp("flux") / f"flux{n}", in_channels=n), device="cpu") for n in (64, 128, 384)}
+
+
+HOLE = Image.fromarray(np.pad(np.full((16, 16), 255, np.uint8), 16))
+TASKS = {
+    "generate": (64, lambda flux, **k: generate(flux, "owl", **k)),
+    "image_to_image": (64, lambda flux, **k: image_to_image(flux, "owl", photo(48, 48), **k)),
+    "inpaint": (64, lambda flux, **k: inpaint(flux, "owl", photo(48, 48), HOLE, mask_padding=2, **k)),
+    "fill": (384, lambda flux, **k: fill(flux, "owl", photo(48, 48), HOLE, paste_back=True, **k)),
+    "control": (128, lambda flux, **k: control(flux, "owl", photo(48, 48), **k)),
+    "kontext_edit": (64, lambda flux, **k: kontext_edit(flux, "owl", photo(48, 48), auto_resize=False, **k)),
+    "kontext_inpaint": (64, lambda flux, **k: kontext_inpaint(flux, "owl", photo(48, 48), HOLE, auto_resize=False, **k)),
+}
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_on_finish_sees_what_is_returned_and_has_the_last_word(models, task):
+    channels, paint = TASKS[task]
+    keywords, seen = dict(width=48, height=48, steps=1, max_text_tokens=8, progress=False, num_images=2, output="tensor"), []
+
+    def darken(pictures):
+        seen.append(pictures)
+        return pictures / 2
+
+    plain, dark = paint(models[channels], **keywords), paint(models[channels], on_finish=darken, **keywords)
+    assert len(seen) == 1 and torch.equal(seen[0], plain) and torch.equal(dark, plain / 2) and plain.shape == (2, 3, 48, 48)
+
+
+def test_a_flagged_picture_is_never_returned(models, filters):
+    keywords = dict(width=32, height=32, steps=1, max_text_tokens=8, progress=False)
+    with pytest.raises(ValueError, match="picture 1 of 1 was stopped by the content filter"):
+        generate(models[64], "owl", on_finish=stop_flagged(scripted(filters, 0.9, -1.0)), **keywords)
+    assert len(generate(models[64], "owl", on_finish=stop_flagged(scripted(filters, 0.1, -1.0)), **keywords)) == 1
+    with pytest.raises(ValueError, match='on_finish looks at pictures, and output="latents" asks for none'):
+        generate(models[64], "owl", on_finish=stop_flagged(filters), output="latents", **keywords)
+    with pytest.raises(ValueError, match="on_finish returned a NoneType"):
+        generate(models[64], "owl", on_finish=lambda pictures: None, **keywords)
