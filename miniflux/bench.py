@@ -7,6 +7,7 @@
     cold          a fresh process: from the command to the file on disk
     load          peak memory of loading, as a multiple of the checkpoint
     tasks         a step of each task beside one of generate
+    lora          merging a LoRA into a block of FLUX.1's size, beside reading its file and copying the weights
     tokenizers    a prompt of 512 tokens
 
 The peer needs `pip install diffusers transformers`.
@@ -29,11 +30,14 @@ from pathlib import Path
 
 import torch
 from PIL import Image
+from torch import Tensor, nn
 
+from .adapters.lora import add_lora
+from .checkpoints.formats import read_safetensors
 from .cli import Parser
 from .control import control
 from .fill import fill
-from .flux import Flux, find_source, load
+from .flux import Flux, FluxConfig, find_source, load
 from .generate import generate
 from .image_to_image import image_to_image
 from .inpaint import inpaint
@@ -63,6 +67,21 @@ def kib(field):                          # of this process; Linux counts them
 before = kib("VmRSS")
 net = load_mmdit(Path(sys.argv[1]), "cpu", getattr(torch, sys.argv[2]))
 total = sum(float(p.sum()) for p in net.parameters())             # every page is touched
+print(json.dumps((kib("VmHWM") - before) * 1024))
+"""
+
+MERGE = """
+import json, re, sys, torch
+from pathlib import Path
+from miniflux import add_lora
+from miniflux.bench import flux_sized_block
+
+def kib(field):
+    return int(re.search(field + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+
+flux = flux_sized_block()
+before = kib("VmRSS")
+merged = add_lora(flux, sys.argv[1])
 print(json.dumps((kib("VmHWM") - before) * 1024))
 """
 
@@ -162,6 +181,41 @@ def bench_tasks(source: str) -> None:
         print(f"{name:36} {ms:9.1f} ms {ms / steps[0]:11.2f}x")
 
 
+def flux_sized_block() -> Flux:
+    """A transformer of one double block as wide as FLUX.1's, in bfloat16, and nothing else."""
+    torch.manual_seed(0)
+    return Flux(None, None, None, None, MMDiT(MMDiTConfig(depth=1, depth_single_blocks=0)).bfloat16().eval(), None, FluxConfig())
+
+
+def bench_lora(_: str) -> None:
+    """Rank 16 over all linear layers of the block; the peer is the least there is to do."""
+    flux, factors = flux_sized_block(), {}
+    layers = {name: layer for name, layer in flux.mmdit.double_blocks.named_modules() if isinstance(layer, nn.Linear)}
+    for name, layer in layers.items():
+        factors[f"diffusion_model.double_blocks.{name}.lora_A.weight"] = torch.randn(16, layer.in_features).bfloat16()
+        factors[f"diffusion_model.double_blocks.{name}.lora_B.weight"] = torch.randn(layer.out_features, 16).bfloat16()
+    with tempfile.TemporaryDirectory() as scratch:
+        from safetensors.torch import save_file
+        path = Path(scratch) / "lora.safetensors"
+        save_file(factors, path)
+
+        def least() -> list[Tensor]:
+            return [tensor.clone() for tensor in (*read_safetensors(path).values(), *(layer.weight for layer in layers.values()))]
+
+        merged = add_lora(flux, path).mmdit.double_blocks
+        for name, layer in layers.items():
+            a, b = (factors[f"diffusion_model.double_blocks.{name}.lora_{kind}.weight"].float() for kind in "AB")
+            error = merged.get_submodule(name).weight - (layer.weight + b @ a)
+            assert error.abs().max() < 2**-7 * (b @ a).abs().max(), f"{name} is not W + B A"
+        del merged, error
+        ours, theirs = medians(lambda: add_lora(flux, path), least, runs=9)
+        peak = json.loads(subprocess.run([sys.executable, "-c", MERGE, str(path)], check=True, capture_output=True, text=True).stdout)
+    size = sum(2 * layer.weight.numel() for layer in layers.values())
+    print(f"\n{'a LoRA of rank 16, one double block':36} {'miniflux':>12} {'read, copy':>12} {'ratio':>8}")
+    print(f"{'merging':36} {1e3 * ours:9.0f} ms {1e3 * theirs:9.0f} ms {ours / theirs:7.2f}x")
+    print(f"{'peak memory, touched weights':36} {peak / 2**20:8.0f} MiB {size / 2**20:8.0f} MiB {peak / size:7.2f}x")
+
+
 def bench_tokenizers(source: str) -> None:
     flux = load(source, device="cpu")
     print(f"\n{'a prompt of 512 tokens':36} {'miniflux':>12}")
@@ -172,7 +226,7 @@ def bench_tokenizers(source: str) -> None:
 
 
 BENCHES = {"picture": bench_picture, "cold": bench_cold, "load": bench_load, "tasks": bench_tasks,
-           "tokenizers": bench_tokenizers}
+           "lora": bench_lora, "tokenizers": bench_tokenizers}
 
 
 def main() -> None:

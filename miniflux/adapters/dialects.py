@@ -94,6 +94,18 @@ class Delta:
             delta = delta - self.own(weight).float()
         return swap_halves(delta) if self.target.swapped else delta
 
+    @property
+    def is_low_rank(self) -> bool:
+        """Whether it is B A and nothing else: most are."""
+        return self.factors.keys() <= {"A", "B", "bias"} and "A" in self.factors
+
+    def low_rank(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Of such a one: alpha / rank · B (out, rank) and A (rank, in) for the whole weight, float32, zeros where it changes nothing."""
+        b, a = (self.factors[kind].to(weight.device, torch.float32) for kind in ("B", "A"))
+        start, stop = self.target.rows or (0, len(weight))
+        b = nn.functional.pad(self.scale * (swap_halves(b) if self.target.swapped else b), (0, 0, start, len(weight) - stop))
+        return b, nn.functional.pad(a, (0, weight.shape[1] - a.shape[1]))
+
     def of_bias(self, like: Tensor) -> Tensor | None:
         """The change of a bias (out,), or None."""
         bias = self.scale * self.factors["bias"].float() if "bias" in self.factors else self.factors.get("diff_b")

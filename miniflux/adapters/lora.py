@@ -138,18 +138,32 @@ def changed_module(module: nn.Module, changes: list[tuple[Delta, LoRA]]) -> nn.M
     layer = LoRALinear.like(module, max((delta.shape[1] for delta, _ in changes if delta.shape), default=0))
     merged = [(delta, lora.scale) for delta, lora in changes if lora.merge and lora.scale]
     if merged:
-        weight, bias = layer.weight.to(torch.float32, copy=True), layer.bias
-        for delta, scale in merged:
-            # Note: DoRA's change depends on the weight, and means the one before any change.
-            delta.own_rows(weight).add_(delta.of_weight(layer.weight), alpha=scale)
-            if (change := delta.of_bias(layer.weight)) is not None:
-                bias = torch.zeros(len(weight)) if bias is None else bias
-                bias = bias.to(weight.device, torch.float32, copy=True)
-                delta.own_rows(bias).add_(change, alpha=scale)
-        layer.bias = None if bias is None else frozen(bias.to(layer.weight.dtype))
-        layer.weight = frozen(weight.to(layer.weight.dtype))
+        base = layer.weight
+        layer.weight, layer.bias = frozen(merged_weight(base, merged)), merged_bias(base, layer.bias, merged)
     layer.beside = [(delta.to(layer.weight), lora.scale) for delta, lora in changes if not lora.merge and lora.scale]
     return layer
+
+
+def merged_weight(weight: Tensor, changes: list[tuple[Delta, float]]) -> Tensor:
+    """W + the sum of scale · Δ, stored as W is."""
+    if all(delta.is_low_rank for delta, _ in changes):
+        # All of them are one product of low rank: W is read once and written once.
+        b, a = zip(*((scale * b, a) for (delta, scale) in changes for b, a in [delta.low_rank(weight)]))
+        return torch.addmm(weight, torch.cat(b, dim=1).to(weight), torch.cat(a).to(weight), out=torch.empty_like(weight))
+    result = weight.to(torch.float32, copy=True)
+    for delta, scale in changes:
+        # Note: DoRA's change depends on the weight, and means the one before any change.
+        delta.own_rows(result).add_(delta.of_weight(weight), alpha=scale)
+    return result.to(weight.dtype)
+
+
+def merged_bias(weight: Tensor, bias: Tensor | None, changes: list[tuple[Delta, float]]) -> nn.Parameter | None:
+    """The layer's bias, or zeros, with what the changes add to it; None where there is neither."""
+    for delta, scale in changes:
+        if (change := delta.of_bias(weight)) is not None:
+            bias = weight.new_zeros(len(weight), dtype=torch.float32) if bias is None else bias.to(torch.float32, copy=True)
+            delta.own_rows(bias).add_(change, alpha=scale)
+    return None if bias is None else frozen(bias.to(weight.dtype))
 
 
 def frozen(tensor: Tensor) -> nn.Parameter:
