@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from .checkpoints import layouts
-from .flux import Flux, find_device, find_source
+from .checkpoints.hub import find_network
+from .flux import Flux, find_device
 from .images import Picture, check_number, fit, read_pictures, size_of
 from .latents import encode, spread
 from .networks.controlnet import ControlNet, assign
@@ -51,7 +52,8 @@ def load_controlnet(source: str | Path, *, device: torch.device | str | None = N
 
     Raises FileNotFoundError for what is not there, ValueError for what is not a FLUX ControlNet."""
     device = find_device(device)
-    return layouts.load_controlnet(find_source(source), device, dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16))
+    dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
+    return layouts.load_controlnet(find_network(source, "ControlNet"), device, dtype)
 
 
 def read_controls(flux: Flux, controlnet: Controls | None) -> list[Control]:

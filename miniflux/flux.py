@@ -9,7 +9,7 @@ from torch import nn
 from .checkpoints import layouts
 from .checkpoints.building import pick
 from .checkpoints.formats import PICKLES, listing, read_json
-from .checkpoints.hub import OFFICIAL, cache_folder, find_in_cache, find_or_download
+from .checkpoints.hub import OFFICIAL, cache_folder, find_in_cache, find_or_download, is_repo
 from .networks.autoencoder import Autoencoder
 from .networks.clip import CLIPText, CLIPVision
 from .networks.mmdit import MMDiT
@@ -90,7 +90,7 @@ def find_source(source: str | Path) -> Path:
         return find_or_download(OFFICIAL[name])
     if (path := Path(source).expanduser()).exists():
         return path
-    if name.count("/") == 1 and not name.startswith((".", "/", "~")) and not name.endswith(".safetensors"):
+    if is_repo(name):
         return find_or_download(name)
     raise FileNotFoundError(f"{name!r} is neither a folder nor a known model: expected {', '.join([*shipped, *OFFICIAL])}, "
                             "a Hub id such as black-forest-labs/FLUX.1-dev, or the path of a checkpoint")

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ..checkpoints.building import State, build
 from ..checkpoints.formats import read_safetensors
-from ..checkpoints.hub import cache_folder, find_in_cache
+from ..checkpoints.hub import find_network
 from ..checkpoints.layouts import CLIP_VISION, load_clip_vision
 from ..checkpoints.names import count
 from ..flux import Flux
@@ -90,12 +90,12 @@ class IPImages:
 def add_ip_adapter(flux: Flux, path: str | Path, image_encoder: str | Path | None = None) -> Flux:
     """The model with an IP-Adapter more: its tasks then take `ip_image=`.
 
-    path: XLabs' safetensors file, or a folder with one. image_encoder: the folder of CLIP's vision tower; by default the one that
-    the model has already, else image_encoder/ beside the file, else openai/clip-vit-large-patch14 from the local cache.
+    path: XLabs' safetensors file, a folder with one, or a Hub id. image_encoder: the folder or Hub id of CLIP's vision tower; by
+    default the one that the model has already, else image_encoder/ beside the file, else openai/clip-vit-large-patch14.
 
     Raises FileNotFoundError for what is not there, ValueError for what is no IP-Adapter or was made for another model. The given
     model stays as it is."""
-    path, weight = find_file(Path(path).expanduser()), flux.mmdit.img_in.weight
+    path, weight = find_file(find_network(path, "IP-Adapter")), flux.mmdit.img_in.weight
     state = {rename(name): tensor for name, tensor in read_safetensors(path).items()}
     adapter = build(IPAdapter, config_from_tensors(state, path), state, path, weight.device, weight.dtype)
     for field in ("depth", "hidden_size", "context_in_dim"):
@@ -121,13 +121,7 @@ def find_file(path: Path) -> Path:
 
 def find_encoder(given: str | Path | None, path: Path) -> Path:
     beside = path.parent / "image_encoder"
-    found = Path(given).expanduser() if given else beside if beside.is_dir() else find_in_cache(CLIP_VISION)
-    if given and not found.is_dir():
-        found = find_in_cache(str(given)) if str(given).count("/") == 1 else None
-    if found is None:
-        raise FileNotFoundError(f"an IP-Adapter sees through CLIP's vision tower, which is neither {given or beside} nor in "
-                                f"{cache_folder()}: give the folder of {CLIP_VISION} as image_encoder=")
-    return found
+    return find_network(given or (beside if beside.is_dir() else CLIP_VISION), "image encoder")
 
 
 def rename(name: str) -> str:

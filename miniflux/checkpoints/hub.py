@@ -22,6 +22,7 @@ WANTED = ["model_index.json", "scheduler/*", "text_encoder*/*", "tokenizer*/*", 
           "image_embedder/*"]
 # In a snapshot that is more than a few stray files.
 WEIGHTS = ["transformer/*.safetensors", "flux1*.safetensors", "image_embedder/*.safetensors"]
+NETWORK = ["config.json", "*.safetensors"]         # of a repository that holds a single network
 
 
 def cache_folder() -> Path:
@@ -40,13 +41,27 @@ def find_in_cache(repo: str) -> Path | None:
     return max(snapshots, key=lambda path: path.stat().st_mtime, default=None)
 
 
-def find_or_download(repo: str) -> Path:
-    """The snapshot folder of a FLUX.1 model; if it is not in the cache, or without its transformer, `huggingface_hub`
-    downloads what is missing.
+def is_repo(name: str) -> bool:
+    """Whether this may be the name of a repository, "owner/name"."""
+    return name.count("/") == 1 and not name.startswith((".", "/", "~")) and not name.endswith(".safetensors")
+
+
+def find_network(source: str | Path, what: str) -> Path:
+    """The file or folder of a single network, or the snapshot folder of its repository."""
+    if (path := Path(source).expanduser()).exists():
+        return path
+    if is_repo(str(source)):
+        return find_or_download(str(source), NETWORK, NETWORK[1:])
+    raise FileNotFoundError(f"the {what} {source} does not exist: expected a file, a folder or a Hub id")
+
+
+def find_or_download(repo: str, wanted: list[str] = WANTED, weights: list[str] = WEIGHTS) -> Path:
+    """The snapshot folder of a repository, by default of a FLUX.1 model; if it is not in the cache, or without its weights,
+    `huggingface_hub` downloads what is wanted.
 
     Raises FileNotFoundError with what to do when it cannot be had."""
     snapshot = find_in_cache(repo)
-    if snapshot and any(any(snapshot.glob(pattern)) for pattern in WEIGHTS):
+    if snapshot and any(any(snapshot.glob(pattern)) for pattern in weights):
         return snapshot
     try:
         from huggingface_hub import snapshot_download
@@ -56,7 +71,7 @@ def find_or_download(repo: str) -> Path:
         raise FileNotFoundError(f'{repo} is not in {cache_folder()}: `pip install "miniflux-torch[hub]"` to download it, '
                                 "or give a folder that holds it") from None
     try:
-        return Path(snapshot_download(repo, allow_patterns=WANTED, cache_dir=cache_folder()))
+        return Path(snapshot_download(repo, allow_patterns=wanted, cache_dir=cache_folder()))
     except Exception as error:                              # the hub's errors have many types and many lines
         kind = type(error).__name__
         advice = (f"accept its licence at https://huggingface.co/{repo} and log in with `hf auth login`"

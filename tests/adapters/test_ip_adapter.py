@@ -183,11 +183,11 @@ def test_a_wrong_file_gets_one_sentence(plain, files, tmp_path, state, sentence)
 def test_a_missing_file_or_encoder_gets_one_sentence(plain, files, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
     save_file(ip_adapter_state(), tmp_path / "ip.safetensors")
-    with pytest.raises(FileNotFoundError, match="missing.safetensors does not exist"):
+    with pytest.raises(FileNotFoundError, match="the IP-Adapter .*missing.safetensors does not exist"):
         add_ip_adapter(plain, tmp_path / "missing.safetensors")
-    with pytest.raises(FileNotFoundError, match="sees through CLIP's vision tower, which is neither"):
+    with pytest.raises(FileNotFoundError, match="openai/clip-vit-large-patch14"):
         add_ip_adapter(plain, tmp_path / "ip.safetensors")
-    with pytest.raises(FileNotFoundError, match="nowhere nor in"):
+    with pytest.raises(FileNotFoundError, match="the image encoder nowhere does not exist: expected a file, a folder or a Hub id"):
         add_ip_adapter(plain, tmp_path / "ip.safetensors", "nowhere")
     (tmp_path / "two").mkdir()
     with pytest.raises(ValueError, match="has 0 safetensors files: name the IP-Adapter's"):

@@ -14,6 +14,7 @@ from miniflux.checkpoints.hub import (
     WANTED,
     cache_folder,
     find_in_cache,
+    find_network,
     find_or_download,
 )
 
@@ -199,3 +200,13 @@ def test_the_download_fetches_what_load_needs_and_no_second_copy():
 def test_every_official_name_is_a_repository():
     assert len(set(OFFICIAL.values())) == len(OFFICIAL) and hub.OFFICIAL["dev"] == "black-forest-labs/FLUX.1-dev"
     assert all(repo.startswith("black-forest-labs/FLUX.1-") for repo in OFFICIAL.values())
+
+
+def test_a_single_network_is_found_on_disk_or_in_the_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    snapshot = tmp_path / "models--owner--net" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (snapshot / "net.safetensors").touch()
+    assert find_network("owner/net", "ControlNet") == snapshot and find_network(snapshot, "ControlNet") == snapshot
+    with pytest.raises(FileNotFoundError, match="the ControlNet nowhere does not exist: expected a file, a folder or a Hub id"):
+        find_network("nowhere", "ControlNet")
