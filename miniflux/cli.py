@@ -9,6 +9,8 @@ import logging
 import os
 import sys
 from collections.abc import Callable
+from functools import reduce
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -19,9 +21,12 @@ from .adapters.lora import add_lora
 from .controlnet import MODES, Control, load_controlnet
 from .flux import Flux, list_models, load
 from .images import check_output, number, save, strip, to_pil
+from .info import marks, spell
 from .latents import decode
 from .masks import blur_mask, expand_canvas, mask_from_alpha
+from .sampling import OnFinish
 from .settings import DEFAULTS, DISTILLED_STEPS
+from .watermark import add_watermark
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -64,6 +69,11 @@ def parser(task: str, description: str, prompt: bool = True) -> Parser:
     p.add_argument("--device", help="cuda, mps, cpu (default: the first of these there is)")
     p.add_argument("--dtype", choices=DTYPES, help="of the weights (default bfloat16, float32 on the CPU)")
     p.add_argument("--preview", action="store_true", help="also write the picture expected at each step (default: off)")
+    p.add_argument("--safety", nargs="+", metavar="FILTER", help="stop pictures that this classifier flags, such as "
+                   "Falconsai/nsfw_image_detection, or that a Pixtral named after it does, and its prompts (default: no filter)")
+    p.add_argument("--watermark", action="store_true", help="hide the original's invisible watermark in the picture (default: off)")
+    p.add_argument("--no-metadata", action="store_true", help="write into the picture only that it is generated, and by which model "
+                                                              "(default: also the prompt and all settings)")
     p.add_argument("--quiet", action="store_true", help="no progress bar and no notes (default: off)")
     p.add_argument("--list-models", action=ListModels, nargs=0, help="say what is shipped and what is in the cache, and stop")
     p.add_argument("--version", action="version", version=__version__)
@@ -129,7 +139,7 @@ def add_ip_images(p: Parser) -> None:
     p.add_argument("--ip-image", nargs="+", metavar="PICTURE", help="the picture that each of them follows")
     p.add_argument("--ip-scale", nargs="+", type=float, metavar="SCALE", help="how strongly each of them acts (default 1.0)")
     p.add_argument("--negative-ip-image", nargs="+", metavar="PICTURE", help="what they avoid; acts with --true-cfg (default: black)")
-    p.add_argument("--image-encoder", help="the folder of CLIP's vision tower (default: beside the IP-Adapter, or from the cache)")
+    p.add_argument("--image-encoder", help="the folder or Hub id of CLIP's vision tower (default: beside the IP-Adapter, or the cached one)")
 
 
 def add_auto_resize(p: Parser) -> None:
@@ -146,25 +156,51 @@ def run(p: Parser, paint: Callable, inputs: Callable[[Flux, argparse.Namespace],
     try:
         output = check_output(args.output)
         preview = check_output(os.path.splitext(args.output)[0] + "-preview.png") if args.preview else None
+        finish = on_finish(args)
         flux = load(args.model, device=args.device, dtype=DTYPES.get(args.dtype), transformer=args.transformer)
         flux = adapt(flux, args)
         states: list[tuple[float, Tensor]] = []
         pictures = paint(flux, **asked(flux, args, paint) | inputs(flux, args) | {
-            "output": "pil", "progress": not args.quiet,
+            "output": "pil", "progress": not args.quiet, "on_finish": finish,
             "on_step": (lambda step, t, x: states.append((t, x[:1]))) if preview else None})
         own = {name: value for name, value in vars(args).items() if name not in p.shared and value not in (None, False)}
         metadata = {"prompt": args.prompt, "model": args.model, "version": __version__} | own
+        exif = marks(p.prog.rpartition(".")[2], flux.config.name, None if args.no_metadata else args.prompt)
         if args.lora:
             metadata["lora"] = ", ".join(f"{file} {scale:g}" for file, scale in zip(args.lora, lora_scales(args)))
+        sheet = strip([*estimates(flux, states, finish), pictures[0]]) if preview else None
         for i, picture in enumerate(pictures):
             path = number(output, i, len(pictures))
-            save(picture, path, metadata | picture.info)
+            made = metadata | picture.info | {"command": spell(p, args, args.seed + i)}
+            save(picture, path, {} if args.no_metadata else made, exif)
             print(path)
         if preview:
-            save(strip([*estimates(flux, states), pictures[0]]), preview, metadata | pictures[0].info)
+            save(sheet, preview, {} if args.no_metadata else metadata | pictures[0].info, exif)
             print(preview)
     except (ValueError, OSError, torch.OutOfMemoryError) as error:
         p.error(str(error))
+
+
+def on_finish(args: argparse.Namespace) -> OnFinish | None:
+    """What is done with the finished pictures: filtered, then marked. Also filters what the flags give: the prompt and the pictures."""
+    steps: list[OnFinish] = []
+    if args.safety:
+        from .safety import is_flagged, load_filters, stop_flagged
+
+        if len(args.safety) > 2:
+            raise ValueError(f"--safety has {len(args.safety)} filters: expected a classifier and at most one Pixtral")
+        filters = load_filters(*args.safety, device=args.device)
+        if filters.pixtral is not None and args.prompt and is_flagged(args.prompt, filters):
+            raise ValueError("the prompt was stopped by the content filter: try another")
+        for flag in ("image", "reference", "ip_image"):
+            given = getattr(args, flag, None) or []
+            for path in [given] if isinstance(given, str) else given:
+                if is_flagged(Path(path), filters):
+                    raise ValueError(f"the picture {path} was stopped by the content filter: try another")
+        steps.append(stop_flagged(filters))
+    if args.watermark:
+        steps.append(add_watermark)
+    return (lambda pictures: reduce(lambda seen, step: step(seen), steps, pictures)) if steps else None
 
 
 def lora_scales(args: argparse.Namespace) -> list[float]:
@@ -194,7 +230,10 @@ def asked(flux: Flux, args: argparse.Namespace, paint: Callable) -> dict:
     return keywords
 
 
-def estimates(flux: Flux, states: list[tuple[float, Tensor]]) -> list:
+def estimates(flux: Flux, states: list[tuple[float, Tensor]], finish: OnFinish | None) -> list:
     """Where each step but the last expects the flow to end: x - t·v, with v from the step that followed."""
     ends = [x - t * (x_next - x) / (t_next - t) for (t, x), (t_next, x_next) in zip(states, states[1:])]
-    return to_pil(decode(flux, torch.cat(ends))) if ends else []
+    if not ends:
+        return []
+    pictures = decode(flux, torch.cat(ends))
+    return to_pil(finish(pictures) if finish else pictures)

@@ -212,15 +212,17 @@ def check_output(path: str | os.PathLike) -> Path:
     return path
 
 
-def save(picture: Image.Image, path: Path, metadata: dict[str, object]) -> None:
-    """Write the picture under a temporary name, then rename it; a PNG carries the metadata as text."""
+def save(picture: Image.Image, path: Path, metadata: dict[str, object], exif: dict[int, bytes] | None = None) -> None:
+    """Write the picture under a temporary name, then rename it; a PNG carries the metadata as text, every format the EXIF tags."""
     info = PngImagePlugin.PngInfo()
     for key, value in metadata.items():
         info.add_itxt(key, str(value))
-    kind = FORMATS[path.suffix.lower()]
+    kind, tags = FORMATS[path.suffix.lower()], Image.Exif()
+    tags.update(exif or {})
     partial = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        picture.save(partial, format=kind, **({"pnginfo": info} if kind == "PNG" else {"quality": 95}))
+        how = {"PNG": {"pnginfo": info}, "JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"quality": 95}}[kind]
+        picture.save(partial, format=kind, **how, **({"exif": tags} if exif else {}))
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
