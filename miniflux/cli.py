@@ -9,7 +9,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable
-from functools import reduce
+from functools import partial, reduce
 from pathlib import Path
 
 import torch
@@ -24,6 +24,7 @@ from .images import check_output, number, save, strip, to_pil
 from .info import marks, spell
 from .latents import decode
 from .masks import blur_mask, expand_canvas, mask_from_alpha
+from .preview import load_preview
 from .sampling import OnFinish
 from .settings import DEFAULTS, DISTILLED_STEPS
 from .watermark import add_watermark
@@ -69,6 +70,7 @@ def parser(task: str, description: str, prompt: bool = True) -> Parser:
     p.add_argument("--device", help="cuda, mps, cpu (default: the first of these there is)")
     p.add_argument("--dtype", choices=DTYPES, help="of the weights (default bfloat16, float32 on the CPU)")
     p.add_argument("--preview", action="store_true", help="also write the picture expected at each step (default: off)")
+    p.add_argument("--preview-with", metavar="FILE", help="the same without decoding, by a map of miniflux.preview or TAEF1 (default: off)")
     p.add_argument("--safety", nargs="+", metavar="FILTER", help="stop pictures that this classifier flags, such as "
                    "Falconsai/nsfw_image_detection, or that a Pixtral named after it does, and its prompts (default: no filter)")
     p.add_argument("--watermark", action="store_true", help="hide the original's invisible watermark in the picture (default: off)")
@@ -155,10 +157,11 @@ def run(p: Parser, paint: Callable, inputs: Callable[[Flux, argparse.Namespace],
     logging.basicConfig(level=logging.ERROR if args.quiet else logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
         output = check_output(args.output)
-        preview = check_output(os.path.splitext(args.output)[0] + "-preview.png") if args.preview else None
+        preview = check_output(os.path.splitext(args.output)[0] + "-preview.png") if args.preview or args.preview_with else None
         finish = on_finish(args)
         flux = load(args.model, device=args.device, dtype=DTYPES.get(args.dtype), transformer=args.transformer)
         flux = adapt(flux, args)
+        look = load_preview(args.preview_with, flux) if args.preview_with else partial(decode, flux)
         states: list[tuple[float, Tensor]] = []
         pictures = paint(flux, **asked(flux, args, paint) | inputs(flux, args) | {
             "output": "pil", "progress": not args.quiet, "on_finish": finish,
@@ -168,7 +171,7 @@ def run(p: Parser, paint: Callable, inputs: Callable[[Flux, argparse.Namespace],
         exif = marks(p.prog.rpartition(".")[2], flux.config.name, None if args.no_metadata else args.prompt)
         if args.lora:
             metadata["lora"] = ", ".join(f"{file} {scale:g}" for file, scale in zip(args.lora, lora_scales(args)))
-        sheet = strip([*estimates(flux, states, finish), pictures[0]]) if preview else None
+        sheet = strip([*estimates(states, look, finish), pictures[0]]) if preview else None
         for i, picture in enumerate(pictures):
             path = number(output, i, len(pictures))
             made = metadata | picture.info | {"command": spell(p, args, args.seed + i)}
@@ -230,10 +233,10 @@ def asked(flux: Flux, args: argparse.Namespace, paint: Callable) -> dict:
     return keywords
 
 
-def estimates(flux: Flux, states: list[tuple[float, Tensor]], finish: OnFinish | None) -> list:
-    """Where each step but the last expects the flow to end: x - t·v, with v from the step that followed."""
+def estimates(states: list[tuple[float, Tensor]], look: Callable[[Tensor], Tensor], finish: OnFinish | None) -> list:
+    """Pictures of where each step but the last expects the flow to end: x - t·v, with v from the step that followed."""
     ends = [x - t * (x_next - x) / (t_next - t) for (t, x), (t_next, x_next) in zip(states, states[1:])]
     if not ends:
         return []
-    pictures = decode(flux, torch.cat(ends))
+    pictures = look(torch.cat(ends))
     return to_pil(finish(pictures) if finish else pictures)

@@ -29,7 +29,7 @@ MAX_PIXELS = 4096 * 4096
 
 def load_depth(source: str | os.PathLike, *, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32
                ) -> DepthAnything:
-    """Depth Anything, V1 or V2, from a folder or, by its Hub id, from the local Hugging Face cache."""
+    """Depth Anything, V1 or V2, from a folder or by its Hub id."""
     return load_depth_anything(find_folder(source, "LiheYoung/depth-anything-large-hf"), find_device(device), dtype)
 
 

@@ -55,7 +55,7 @@ class Filters:
 
 def load_filters(classifier: str | os.PathLike, pixtral: str | os.PathLike | None = None, *,
                  device: torch.device | str | None = None) -> Filters:
-    """The filters from their folders, or from the local Hugging Face cache by their Hub ids, in the dtype of their files.
+    """The filters from their folders or by their Hub ids, in the dtype of their files.
 
     Raises FileNotFoundError for what is not there, ValueError for what is no such filter."""
     device = find_device(device)

@@ -102,8 +102,10 @@ def test_a_picture_that_cannot_be_looked_at_gets_one_sentence(nets, picture, key
 
 def test_an_estimator_is_found_by_its_hub_id_in_the_local_cache(nets, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(FileNotFoundError, match="'owner/depth' is neither a folder nor in .*: expected one such as LiheYoung/depth-anything"):
+    with pytest.raises(FileNotFoundError, match="owner/depth could not be downloaded"):
         load_depth("owner/depth")
+    with pytest.raises(FileNotFoundError, match="'nowhere' is neither a folder nor a Hub id: expected one such as LiheYoung/depth-anything"):
+        load_depth("nowhere")
     (tmp_path / "models--owner--depth" / "snapshots").mkdir(parents=True)
     (tmp_path / "models--owner--depth" / "snapshots" / "a").symlink_to(nets[0])
     assert load_depth("owner/depth", device="cpu").config == nets[2].config

@@ -155,7 +155,7 @@ def test_the_answers_are_those_of_transformers(filters, theirs):
 def test_a_missing_filter_is_an_error_and_never_a_picture(filters, folders, tmp_path):
     with pytest.raises(ValueError, match="texts are looked at by Pixtral, which is not among these filters"):
         is_flagged("a fox", Filters(filters.classifier))
-    with pytest.raises(FileNotFoundError, match="'nowhere' is neither a folder nor in .*: expected one such as Falconsai/nsfw"):
+    with pytest.raises(FileNotFoundError, match="'nowhere' is neither a folder nor a Hub id: expected one such as Falconsai/nsfw"):
         load_filters("nowhere")
     with pytest.raises(FileNotFoundError, match="expected one such as mistral-community/pixtral-12b"):
         load_filters(folders[0], tmp_path / "nowhere")

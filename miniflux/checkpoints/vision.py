@@ -1,6 +1,6 @@
-"""Files -> the networks that look at pictures beside FLUX.1: the depth estimator and the safety filters.
+"""Files -> the networks beside FLUX.1: the depth estimator, the safety filters, and what makes previews.
 
-All of them come as folders of transformers: a config.json and `model*.safetensors`.
+The first two come as folders of transformers: a config.json and `model*.safetensors`.
 """
 
 import os
@@ -8,12 +8,16 @@ import re
 from dataclasses import fields, replace
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from ..networks.depth_anything import DepthAnything, DepthAnythingConfig
 from ..networks.pixtral import ACTIVATIONS, Pixtral, PixtralConfig, TransformerConfig
+from ..networks.taef1 import TAEF1Decoder
 from ..networks.vit_classifier import ViTClassifier, ViTConfig
 from .building import State, build, check_class, pick
-from .formats import read_json, read_sharded
-from .hub import cache_folder, find_in_cache
+from .formats import read_json, read_safetensors, read_sharded
+from .hub import find_or_download, is_repo
 from .layouts import tower_config
 
 # Vision transformers' names -> CLIP's, which the layers have here; published checkpoints, and the newer transformers' own names.
@@ -31,14 +35,13 @@ VIT_NAMES = (
 
 
 def find_folder(source: str | os.PathLike, example: str) -> Path:
-    """The folder that a path, or a Hub id in the local Hugging Face cache, names; nothing is downloaded."""
-    folder = Path(source).expanduser()
-    if not folder.exists() and str(source).count("/") == 1:
-        folder = find_in_cache(str(source)) or folder
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{str(source)!r} is neither a folder nor in {cache_folder()}: expected one such as {example}, "
-                                "with config.json and model.safetensors")
-    return folder
+    """The folder of a network: a path, or a Hub id."""
+    if (folder := Path(source).expanduser()).is_dir():
+        return folder
+    if not is_repo(str(source)):
+        raise FileNotFoundError(f"{str(source)!r} is neither a folder nor a Hub id: expected one such as {example}, with config.json "
+                                "and model.safetensors")
+    return find_or_download(str(source), ["config.json", "tokenizer.json", "model*.safetensors*"], ["*.safetensors"])
 
 
 def rename(state: State, table: tuple[tuple[str, str], ...]) -> State:
@@ -185,3 +188,30 @@ def transformer_config(values: dict, source: Path) -> TransformerConfig:
         raise ValueError(f"{source}: heads of {config.head_dim} channels and {config.num_attention_heads} heads that share "
                          f"{config.num_key_value_heads} do not fit together")
     return replace(config, hidden_act=activation)
+
+
+# ------------------------------------------------------------------------------------------------------------ previews
+
+
+def read_preview(path: Path, device="cpu") -> Tensor | None:
+    """The map (3, channels + 1) of a file of `miniflux.preview`; None for another one."""
+    if path.is_dir() or "preview" not in (state := read_safetensors(path)):
+        return None
+    table = state["preview"]
+    if table.ndim != 2 or len(table) != 3 or table.dtype != torch.float32 or not table.isfinite().all():
+        raise ValueError(f"{path} holds a {table.dtype} of the shape {list(table.shape)}, expected a map (3, 17)")
+    return table.to(device)
+
+
+def load_taef1(path: Path, device="cpu", dtype=None) -> TAEF1Decoder:
+    """TAEF1's decoder from its folder or file in the diffusers layout, or from the original `taef1_decoder.safetensors`."""
+    state = read_sharded(path, "diffusion_pytorch_model") if path.is_dir() else read_safetensors(path)
+    if any(name.startswith("decoder.layers.") for name in state):
+        state = {name.removeprefix("decoder."): tensor for name, tensor in state.items() if name.startswith("decoder.")}
+    else:
+        # Note: the original counts the clamp at its beginning as a layer.
+        state = {re.sub(r"^\d+", lambda number: f"layers.{int(number[0]) - 1}", name): tensor for name, tensor in state.items()}
+    first = state.get("layers.0.weight")
+    if first is None or first.ndim != 4 or 0 in first.shape:
+        raise ValueError(f"{path} is neither a preview map nor TAEF1's decoder: fit a map by python -m miniflux.preview")
+    return build(TAEF1Decoder, len(first), state, path, device, dtype)
