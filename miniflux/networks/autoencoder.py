@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .attention import chunked
+
 
 @dataclass(frozen=True)
 class AutoencoderConfig:
@@ -65,7 +67,7 @@ class AttnBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x)
         q, k, v = (f(h).flatten(2).transpose(1, 2)[:, None] for f in (self.q, self.k, self.v))  # (B, 1, h·w, C)
-        h = F.scaled_dot_product_attention(q.contiguous(), k.contiguous(), v.contiguous())
+        h = chunked(q.contiguous(), k.contiguous(), v.contiguous())             # beyond 2048x1024 pixels in pieces
         return x + self.proj_out(h[:, 0].transpose(1, 2).unflatten(2, x.shape[2:]))  # (B, C, h, w)
 
 

@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import attention, look, rope_table
+from .attention import attention, head_norm, look, rope_table
 
 
 @dataclass(frozen=True)
@@ -63,10 +63,9 @@ def timestep_embedding(t: Tensor, dim: int = 256, max_period: float = 10000.0) -
     return torch.cat([angle.cos(), angle.sin()], dim=-1).to(t.dtype)            # (B, dim)
 
 
-def split_heads(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
-    """Pattern "B S (3 H D) -> 3 B H S D", q and k apart from v: the rows of a fused projection are q, then k, then v."""
-    qk, v = qkv.unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4).split([2, 1])
-    return qk, v[0]                                                             # (2, B, H, S, D), (B, H, S, D)
+def split_heads(qkv: Tensor, num_heads: int) -> Tensor:
+    """Pattern "B S (3 H D) -> B S 3 H D": the rows of a fused projection are q, then k, then v, each head by head."""
+    return qkv.unflatten(-1, (3, num_heads, -1))
 
 
 def layer_norm(x: Tensor) -> Tensor:
@@ -97,7 +96,7 @@ class MLPEmbedder(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """Holds the learnt scale of x / rms(x) · scale; `QKNorm` computes it for queries and keys at once."""
+    """Holds the learnt scale of x / rms(x) · scale; `attention` computes it for queries and keys at once."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -105,17 +104,15 @@ class RMSNorm(nn.Module):
 
 
 class QKNorm(nn.Module):
-    """RMSNorm of queries and keys (2, B, H, S, D), head by head: keeps the attention scores in range."""
+    """The scales of RMSNorm for queries and keys, head by head: keeps the attention scores in range."""
 
     def __init__(self, head_dim: int):
         super().__init__()
         self.query_norm = RMSNorm(head_dim)
         self.key_norm = RMSNorm(head_dim)
 
-    def forward(self, qk: Tensor) -> Tensor:
-        scale = torch.stack([self.query_norm.scale, self.key_norm.scale])[:, None, None, None]  # (2, 1, 1, 1, D)
-        # Note: statistics in float32, then rounded to the dtype of qk before the product with the scale.
-        return F.rms_norm(qk, qk.shape[-1:], eps=1e-6) * scale.to(qk.dtype)
+    def scales(self) -> Tensor:
+        return torch.stack([self.query_norm.scale, self.key_norm.scale])        # (2, D)
 
 
 class SelfAttention(nn.Module):
@@ -128,9 +125,8 @@ class SelfAttention(nn.Module):
         self.norm = QKNorm(hidden_size // num_heads)
         self.proj = nn.Linear(hidden_size, hidden_size)
 
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        qk, v = split_heads(self.qkv(x), self.num_heads)                        # (2, B, H, S, D), (B, H, S, D)
-        return self.norm(qk), v
+    def project(self, x: Tensor) -> Tensor:
+        return split_heads(self.qkv(x), self.num_heads)                         # (B, S, 3, H, D)
 
 
 class Modulation(nn.Module):
@@ -168,17 +164,19 @@ class DoubleBlock(nn.Module):
         img_shift1, img_scale1, img_gate1, img_shift2, img_scale2, img_gate2 = self.img_mod(vec)
         txt_shift1, txt_scale1, txt_gate1, txt_shift2, txt_scale2, txt_gate2 = self.txt_mod(vec)
 
-        img_qkv = self.img_attn.project(modulate(img, img_shift1, img_scale1))
-        txt_qkv = self.txt_attn.project(modulate(txt, txt_shift1, txt_scale1))
+        img_qkv = self.img_attn.project(modulate(img, img_shift1, img_scale1))  # (B, N, 3, H, D)
+        txt_qkv = self.txt_attn.project(modulate(txt, txt_shift1, txt_scale1))  # (B, L, 3, H, D)
         # Note: text tokens come before image tokens.
-        qk, v = (torch.cat(pair, dim=-2) for pair in zip(txt_qkv, img_qkv))     # (2, B, H, L+N, D), (B, H, L+N, D)
-        txt_attn, img_attn = attention(qk, v, pe).split([txt.shape[1], img.shape[1]], dim=1)
+        attn = attention(torch.cat([txt_qkv, img_qkv], dim=1), pe, self.img_attn.norm.scales(), self.txt_attn.norm.scales(),
+                         L=txt.shape[1])                                        # (B, L+N, hidden)
+        txt_attn, img_attn = attn.split([txt.shape[1], img.shape[1]], dim=1)
 
         img = torch.addcmul(img, img_gate1, self.img_attn.proj(img_attn))       # (B, N, hidden)
         img = torch.addcmul(img, img_gate2, self.img_mlp(modulate(img, img_shift2, img_scale2)))
         for keys, values in kv:
             # Note: the image's queries before their rotation; the result is neither projected nor gated.
-            img = img + look(img_qkv[0][0], keys, values)                       # (B, N, hidden)
+            queries = head_norm(img_qkv[:, :, 0].transpose(1, 2), self.img_attn.norm.query_norm.scale)  # (B, H, N, D)
+            img = img + look(queries, keys, values)                             # (B, N, hidden)
         txt = torch.addcmul(txt, txt_gate1, self.txt_attn.proj(txt_attn))       # (B, L, hidden)
         txt = torch.addcmul(txt, txt_gate2, self.txt_mlp(modulate(txt, txt_shift2, txt_scale2)))
         return img, clamp_fp16(txt)
@@ -199,8 +197,7 @@ class SingleBlock(nn.Module):
         shift, scale, gate = self.modulation(vec)
         sizes = 3 * x.shape[-1], self.linear2.in_features - x.shape[-1]
         qkv, mlp_in = self.linear1(modulate(x, shift, scale)).split(sizes, dim=-1)
-        qk, v = split_heads(qkv, self.num_heads)                                # (2, B, H, L+N, D), (B, H, L+N, D)
-        attn = attention(self.norm(qk), v, pe)                                  # (B, L+N, hidden)
+        attn = attention(split_heads(qkv, self.num_heads), pe, self.norm.scales())  # (B, L+N, hidden)
         y = self.linear2(torch.cat([attn, F.gelu(mlp_in, approximate="tanh")], dim=-1))
         return clamp_fp16(torch.addcmul(x, gate, y))                            # (B, L+N, hidden)
 

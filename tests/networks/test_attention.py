@@ -2,19 +2,29 @@
 
 import doctest
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from miniflux import generate, load
+from miniflux.engine import native
 from miniflux.networks import attention as module
 from miniflux.networks.attention import (
     BACKENDS,
+    CORES,
     apply_rope,
     attention,
     attention_backend,
+    choose,
     formula,
+    head_norm,
     rope_table,
 )
+
+HERE = [name for name in BACKENDS if native._cpu or name not in ("native", "norm_rope")]
 
 
 def rotate(pair: tuple[float, float], angle: float) -> list[float]:
@@ -75,14 +85,44 @@ def test_rope_is_computed_in_float32_and_returned_in_the_dtype_of_its_input():
     assert torch.equal(apply_rope(x, pe), apply_rope(x.float(), pe).bfloat16())
 
 
-def test_the_fast_attention_is_the_formula_after_rope_and_values_are_not_turned():
-    q, k, v = torch.randn(3, 2, 3, 7, 16)
-    pe = rope_table(torch.arange(21).view(7, 3), (4, 4, 8), 10000.0)
-    expected = formula(apply_rope(q, pe), apply_rope(k, pe), v)                 # (B, H, S, D)
-    result = attention(torch.stack([q, k]), v, pe)
-    assert result.shape == (2, 7, 48)
-    for head in range(3):
-        torch.testing.assert_close(result[..., 16 * head: 16 * head + 16], expected[:, head], rtol=1e-5, atol=1e-6)
+def normed(x, scale):
+    """x / rms(x) · scale, by hand."""
+    return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * scale
+
+
+def written_out(qkv, pe, image, text, L):
+    """Attention of qkv (B, S, 3, H, D) from the parts above, text rows and image rows normalised apart."""
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)
+    q, k = (apply_rope(torch.cat([normed(x[:, :, :L], text[i]), normed(x[:, :, L:], image[i])], dim=2), pe) for i, x in enumerate((q, k)))
+    return formula(q, k, v).transpose(1, 2).flatten(2)                          # (B, S, H·D)
+
+
+def problem(tokens: int = 7, batch: int = 2):
+    pe = rope_table(torch.arange(3 * tokens).view(tokens, 3), (4, 4, 8), 10000.0)
+    return torch.randn(batch, tokens, 3, 3, 16), pe, *(1 + 0.3 * torch.randn(2, 2, 16))
+
+
+@pytest.mark.parametrize("name", HERE)
+def test_every_backend_computes_the_formula_of_normalised_and_turned_queries_and_keys(name):
+    qkv, pe, image, text = problem()
+    for L in (0, 3, 7):
+        expected = written_out(qkv, pe, image, text, L)
+        torch.testing.assert_close(attention(qkv.clone(), pe, image, text, L, backend=name), expected, rtol=1e-5, atol=2e-6)
+        with attention_backend(name):
+            torch.testing.assert_close(attention(qkv.clone(), pe, image, text, L), expected, rtol=1e-5, atol=2e-6)
+
+
+def test_one_pair_of_scales_may_serve_all_tokens():
+    qkv, pe, image, _ = problem()
+    assert torch.equal(attention(qkv, pe, image), attention(qkv, pe, image, image, 4))
+
+
+def test_rms_norm_subtracts_no_mean_and_survives_float16():
+    scale = torch.linspace(0.5, 2, 8)
+    for x in (torch.randn(3, 8) + 5, 1e-3 * torch.randn(3, 8)):
+        torch.testing.assert_close(head_norm(x, scale), normed(x, scale))
+    big = head_norm(torch.full((1, 8), 1000.0, dtype=torch.float16), scale)     # its square is not a float16 number
+    torch.testing.assert_close(big[0], scale.half(), rtol=1e-3, atol=0)
 
 
 def test_scores_are_divided_by_the_root_of_the_head_width():
@@ -94,36 +134,95 @@ def test_scores_are_divided_by_the_root_of_the_head_width():
 
 
 def test_every_token_sees_every_token_and_only_its_position_orders_it():
-    q, k, v = torch.randn(3, 1, 2, 9, 16)
-    ids = torch.randint(20, (9, 3))
-    order = torch.randperm(9)
-    expected = attention(torch.stack([q, k]), v, rope_table(ids, (4, 4, 8), 10000.0))[:, order]
-    q, k, v = (x[:, :, order] for x in (q, k, v))
-    result = attention(torch.stack([q, k]), v, rope_table(ids[order], (4, 4, 8), 10000.0))
+    qkv, _, image, _ = problem(9)
+    ids, order = torch.randint(20, (9, 3)), torch.randperm(9)
+    expected = attention(qkv, rope_table(ids, (4, 4, 8), 10000.0), image)[:, order]
+    result = attention(qkv[:, order], rope_table(ids[order], (4, 4, 8), 10000.0), image)
     torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("name", BACKENDS)
-def test_every_backend_computes_the_formula(name):
-    q, k, v = torch.randn(3, 2, 3, 7, 16)
-    pe = rope_table(torch.arange(21).view(7, 3), (4, 4, 8), 10000.0)
-    expected = formula(apply_rope(q, pe), apply_rope(k, pe), v).transpose(1, 2).flatten(2)
-    with attention_backend(name):
-        torch.testing.assert_close(attention(torch.stack([q, k]), v, pe), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_a_backend_is_in_force_within_its_block_only_even_after_an_error(monkeypatch):
     calls = []
-    monkeypatch.setitem(BACKENDS, "formula", lambda *qkv: calls.append(1) or formula(*qkv))
-    q, pe = torch.randn(1, 1, 2, 4), rope_table(torch.zeros(2, 1), (4,), 10000.0)
+    monkeypatch.setitem(CORES, "formula", lambda *qkv: calls.append(1) or formula(*qkv))
+    qkv, pe, image, _ = problem()
     with pytest.raises(KeyboardInterrupt), attention_backend("formula"):
-        attention(torch.stack([q, q]), q, pe)
+        attention(qkv, pe, image)
+        attention(qkv, pe, image, backend="sdpa")                               # what is asked for comes first
         raise KeyboardInterrupt
-    attention(torch.stack([q, q]), q, pe)
+    attention(qkv, pe, image)
     assert calls == [1]
 
 
 def test_an_unknown_backend_is_refused_by_name():
-    with pytest.raises(ValueError, match="no attention backend 'fast'"):
+    with pytest.raises(ValueError, match="no attention backend 'fast': expected one of auto, formula"):
         with attention_backend("fast"):
             pass
+    with pytest.raises(ValueError, match="no attention backend 'fast'"):
+        attention(*problem(), backend="fast")
+
+
+# ------------------------------------------------------------------------------------------------------------ the choice
+
+
+@pytest.mark.parametrize("device, dtype, tokens, gradients, expected", [
+    ("cpu", torch.float32, 96, False, "native"),
+    ("cpu", torch.bfloat16, 4608, False, "native"),
+    ("cpu", torch.float32, 8704, False, "norm_rope"),       # here the packed keys and values gain nothing any more
+    ("cpu", torch.float16, 96, False, "sdpa"),              # there is no kernel for it
+    ("cpu", torch.float32, 96, True, "sdpa"),               # recomputing the forward pass would be slower
+    ("cuda", torch.bfloat16, 96, False, "sdpa"),
+    ("mps", torch.bfloat16, 96, False, "chunked"),
+    ("mps", torch.float32, 96, True, "chunked"),
+])
+def test_auto_chooses_by_device_dtype_and_length(monkeypatch, device, dtype, tokens, gradients, expected):
+    monkeypatch.setattr(native, "_cpu", object())           # as if it were built
+    qkv = SimpleNamespace(device=torch.device(device), dtype=dtype, shape=(1, tokens, 3, 2, 64), stride=lambda axis: 1)
+    assert choose(qkv, gradients) == expected
+    monkeypatch.setattr(native, "_cpu", None)
+    assert choose(qkv, gradients) in ("sdpa", "chunked")
+
+
+def test_the_limit_of_a_score_matrix_is_that_of_mps():
+    assert module.MPS_SCORES * torch.float32.itemsize <= 2**32 and module.MPS_SCORES < 2**31
+
+
+class MPSLimits(TorchDispatchMode):
+    """Raises on what MPS lacks (float64, complex numbers) and on score matrices of more than `limit` numbers."""
+
+    def __init__(self, limit: int):
+        super().__init__()
+        self.limit, self.attentions = limit, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for x in tree_leaves((args, out)):
+            if isinstance(x, torch.Tensor) and (x.dtype == torch.float64 or x.is_complex()):
+                raise AssertionError(f"{function} on {x.dtype}")
+        if "scaled_dot_product" in str(function):
+            self.attentions += 1
+            q, k = args[:2]
+            scores = q.shape[:-1].numel() * k.shape[-2]
+            assert scores <= self.limit, f"{function} makes a score matrix of {scores} numbers"
+        return out
+
+
+def test_chunks_of_queries_keep_the_score_matrix_within_the_limit(monkeypatch):
+    args = problem(tokens=21)
+    expected = written_out(*args, 5)
+    for limit, calls in ((2 * 3 * 21 * 21, 1), (2 * 3 * 21 * 8, 3), (2 * 3 * 21, 21)):
+        monkeypatch.setattr(module, "MPS_SCORES", limit)
+        with MPSLimits(limit) as seen:
+            torch.testing.assert_close(attention(*args, 5, backend="chunked"), expected, rtol=1e-5, atol=2e-6)
+        assert seen.attentions == calls
+    with pytest.raises(AssertionError, match="makes a score matrix of 2646 numbers"), MPSLimits(2645):
+        attention(*args, 5, backend="sdpa")
+
+
+def test_a_whole_picture_needs_nothing_that_mps_lacks(monkeypatch):
+    """The tiny model as on MPS: 96 tokens, whose 3 · 96 · 96 scores are more than the faked limit allows at once."""
+    flux = load(device="cpu")
+    expected = generate(flux, "a red apple", steps=2, output="tensor", progress=False)
+    monkeypatch.setattr(module, "MPS_SCORES", 3 * 96 * 40)
+    with attention_backend("chunked"), MPSLimits(3 * 96 * 40) as seen:
+        picture = generate(flux, "a red apple", steps=2, output="tensor", progress=False)
+    assert (picture - expected).abs().max() < 1e-3 and seen.attentions >= 2 * 7 * 3

@@ -1,0 +1,165 @@
+// The CPU kernel: two matrix products in register tiles with a softmax between them, in float32 whatever the tensors hold.
+//
+// Everything is cut into blocks of 16. First keys and values are packed into panels 16 columns wide, the keys normalised, turned
+// and transposed on the way. Then each task takes 16 queries of one head: scores against all keys, softmax over whole rows, product
+// with the values. There are no intrinsics: the compiler vectorises the loops, and once for each generation of CPUs (EVERY_CPU).
+
+#include <omp.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <new>
+
+#include "kernels.h"
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define EVERY_CPU __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+static bool has_avx512() { return __builtin_cpu_supports("avx512f"); }
+const char* instructions() { return has_avx512() ? "AVX-512" : __builtin_cpu_supports("avx2") ? "AVX2" : "SSE2"; }
+#else
+#define EVERY_CPU
+static bool has_avx512() { return false; }
+const char* instructions() { return "the compiler's default instructions"; }
+#endif
+
+constexpr int64_t BLOCK = 16;
+
+static int64_t round_up(int64_t n) { return (n + BLOCK - 1) / BLOCK * BLOCK; }
+
+// Floats from a multiple of 64 bytes on, where no vector lies in two cache lines.
+struct Floats {
+    float* data;
+
+    explicit Floats(int64_t n) : data(static_cast<float*>(std::aligned_alloc(64, round_up(n) * sizeof(float)))) {
+        if (!data) throw std::bad_alloc();
+    }
+    Floats(const Floats&) = delete;
+    ~Floats() { std::free(data); }
+};
+
+// y = R (x / rms(x) * scale) * factor for one token of one head: x, scale, y (D), turns (D/2, 2, 2).
+template <typename From, typename To>
+EVERY_CPU static void norm_rope_row(const From* x, const From* scale, const float* turns, int64_t D, float factor, To* y) {
+    float squares = 0;
+    for (int64_t d = 0; d < D; d++) squares += float(x[d]) * float(x[d]);
+    factor /= std::sqrt(squares / D + 1e-6f);
+    for (int64_t i = 0; i < D / 2; i++) {
+        float even = factor * float(x[2 * i]) * float(scale[2 * i]);
+        float odd = factor * float(x[2 * i + 1]) * float(scale[2 * i + 1]);
+        y[2 * i] = To(turns[4 * i] * even + turns[4 * i + 1] * odd);
+        y[2 * i + 1] = To(turns[4 * i + 2] * even + turns[4 * i + 3] * odd);
+    }
+}
+
+// Keys s .. s + 15 of one head as the columns of a panel (D, 16); zeros past the end. rows (16, D) is scratch.
+template <typename T>
+EVERY_CPU static void pack_keys(const Problem<T>& p, int64_t b, int64_t h, int64_t s, float* rows, float* panel) {
+    for (int64_t j = 0; j < BLOCK; j++)
+        if (s + j < p.S) norm_rope_row(p.k(b, h, s + j), p.scale_k(s + j), p.turns(s + j), p.D, 1.0f, rows + j * p.D);
+        else std::fill(rows + j * p.D, rows + (j + 1) * p.D, 0.0f);
+    for (int64_t j = 0; j < BLOCK; j++)
+        for (int64_t d = 0; d < p.D; d++) panel[d * BLOCK + j] = rows[j * p.D + d];
+}
+
+// Values s .. s + 15 of one head as rows of its panels (D/16, tokens, 16); zeros past the end.
+template <typename T>
+EVERY_CPU static void pack_values(const Problem<T>& p, int64_t b, int64_t h, int64_t s, int64_t tokens, float* panels) {
+    for (int64_t t = s; t < s + BLOCK; t++)
+        for (int64_t d = 0; d < p.D; d += BLOCK) {
+            float* row = panels + d * tokens + t * BLOCK;
+            int64_t n = t < p.S ? std::min(BLOCK, p.D - d) : 0;
+            for (int64_t j = 0; j < n; j++) row[j] = p.v(b, h, t)[d + j];
+            std::fill(row + n, row + BLOCK, 0.0f);
+        }
+}
+
+// c (ROWS, 16) = a (ROWS, n) panel (n, 16). The sums stay in registers: 8 rows fill AVX-512's, 4 AVX2's.
+template <int64_t ROWS>
+EVERY_CPU static void tile(const float* a, int64_t a_step, const float* panel, int64_t n, float* c, int64_t c_step) {
+    float sum[ROWS][BLOCK] = {};
+    for (int64_t i = 0; i < n; i++)
+        for (int64_t r = 0; r < ROWS; r++)
+#pragma omp simd
+            for (int64_t j = 0; j < BLOCK; j++) sum[r][j] += a[r * a_step + i] * panel[i * BLOCK + j];
+    for (int64_t r = 0; r < ROWS; r++) std::copy(sum[r], sum[r] + BLOCK, c + r * c_step);
+}
+
+// c (16, columns) = a (16, n) panels (columns/16, n, 16).
+template <int64_t ROWS>
+static void product(const float* a, int64_t a_step, const float* panels, int64_t n, int64_t columns, float* c, int64_t c_step) {
+    for (int64_t j = 0; j < columns; j += BLOCK)
+        for (int64_t r = 0; r < BLOCK; r += ROWS) tile<ROWS>(a + r * a_step, a_step, panels + j * n, n, c + r * c_step + j, c_step);
+}
+
+// e^x for x <= 0, as 2^n e^r with |r| <= log(2)/2 and a polynomial for e^r. Below -87 it stays at 1e-38.
+static inline float exp_negative(float x) {
+    x = x < -87.0f ? -87.0f : x;                                      // Note: written so that a NaN passes
+    int32_t n = int32_t(x * 1.44269504f - 0.5f);
+    float r = x - n * 0.693359375f + n * 2.12194440e-4f;              // log(2) in two parts: the first product is exact
+    float e = 1 + r * (1 + r * (1 / 2.0f + r * (1 / 6.0f + r * (1 / 24.0f + r * (1 / 120.0f + r * (1 / 720.0f))))));
+    return e * from_bits(uint32_t(n + 127) << 23);
+}
+
+// row (S) = exp(row - its largest), with zeros up to `tokens`; returns 1 / sum.
+EVERY_CPU static float softmax_row(float* row, int64_t S, int64_t tokens) {
+    float largest = -INFINITY, sum = 0;
+#pragma omp simd reduction(max : largest)
+    for (int64_t t = 0; t < S; t++) largest = row[t] > largest ? row[t] : largest;
+    for (int64_t t = 0; t < S; t++) sum += row[t] = exp_negative(row[t] - largest);
+    std::fill(row + S, row + tokens, 0.0f);
+    return 1 / sum;
+}
+
+template <typename T> EVERY_CPU static void scaled_row(const float* x, float factor, int64_t D, T* y) {
+    for (int64_t d = 0; d < D; d++) y[d] = T(factor * x[d]);
+}
+
+template <typename T> void attention(const Problem<T>& p) {
+    const auto multiply = has_avx512() ? product<8> : product<4>;
+    const int64_t tokens = round_up(p.S), width = round_up(p.D), of_thread = BLOCK * (p.D + tokens + width);
+    Floats keys(p.B * p.H * tokens * p.D), values(p.B * p.H * tokens * width), scratch(omp_get_max_threads() * of_thread);
+#pragma omp parallel
+    {
+        float* query = scratch.data + omp_get_thread_num() * of_thread;  // (16, D)
+        float* scores = query + BLOCK * p.D;                             // (16, tokens)
+        float* sums = scores + BLOCK * tokens;                           // (16, width)
+#pragma omp for collapse(3)
+        for (int64_t b = 0; b < p.B; b++)
+            for (int64_t h = 0; h < p.H; h++)
+                for (int64_t s = 0; s < tokens; s += BLOCK) {
+                    int64_t head = (b * p.H + h) * tokens;
+                    pack_keys(p, b, h, s, query, keys.data + (head + s) * p.D);
+                    pack_values(p, b, h, s, tokens, values.data + head * width);
+                }
+#pragma omp for collapse(3)
+        for (int64_t b = 0; b < p.B; b++)
+            for (int64_t h = 0; h < p.H; h++)
+                for (int64_t s = 0; s < tokens; s += BLOCK) {
+                    int64_t head = (b * p.H + h) * tokens, rows = std::min(BLOCK, p.S - s);
+                    float factor[BLOCK] = {}, scale = 1 / std::sqrt(float(p.D));
+                    for (int64_t r = 0; r < rows; r++)
+                        norm_rope_row(p.q(b, h, s + r), p.scale_q(s + r), p.turns(s + r), p.D, scale, query + r * p.D);
+                    multiply(query, p.D, keys.data + head * p.D, p.D, tokens, scores, tokens);
+                    for (int64_t r = 0; r < rows; r++) factor[r] = softmax_row(scores + r * tokens, p.S, tokens);
+                    multiply(scores, tokens, values.data + head * width, tokens, width, sums, width);
+                    for (int64_t r = 0; r < rows; r++) scaled_row(sums + r * width, factor[r], p.D, p.out(b, h, s + r));
+                }
+    }
+}
+
+template <typename T> void norm_rope(const Problem<T>& p) {
+#pragma omp parallel for collapse(2)
+    for (int64_t b = 0; b < p.B; b++)
+        for (int64_t s = 0; s < p.S; s++)
+            for (int64_t h = 0; h < p.H; h++) {
+                T *q = p.q(b, h, s), *k = p.k(b, h, s);
+                norm_rope_row(q, p.scale_q(s), p.turns(s), p.D, 1.0f, q);
+                norm_rope_row(k, p.scale_k(s), p.turns(s), p.D, 1.0f, k);
+            }
+}
+
+template void attention(const Problem<float>&);
+template void attention(const Problem<bfloat16>&);
+template void norm_rope(const Problem<float>&);
+template void norm_rope(const Problem<bfloat16>&);

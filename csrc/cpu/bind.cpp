@@ -1,0 +1,31 @@
+// The module miniflux._cpu. Addresses come as integers and steps in elements from miniflux/engine/native.py, which has checked them.
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "kernels.h"
+
+namespace py = pybind11;
+
+// sizes: B, H, S, L, D; steps of qkv (B, S, 3, H, D): batch, token, from q to k to v, head.
+template <typename T, void (*kernel)(const Problem<T>&)>
+static void call(std::array<int64_t, 5> sizes, uintptr_t qkv, std::array<int64_t, 4> steps, uintptr_t text, uintptr_t image,
+                 uintptr_t pe, uintptr_t out) {
+    auto [B, H, S, L, D] = sizes;
+    auto [batch, token, part, head] = steps;
+    auto at = [](uintptr_t address) { return reinterpret_cast<T*>(address); };
+    auto rows = [batch = batch, token = token, head = head](T* data) { return Rows<T>{data, batch, head, token}; };
+    Problem<T> problem{B, H, S, L, D, rows(at(qkv)), rows(at(qkv) + part), rows(at(qkv) + 2 * part), {at(out), S * H * D, D, H * D},
+                       at(text), at(image), reinterpret_cast<const float*>(pe)};
+    py::gil_scoped_release others_may_run;
+    kernel(problem);
+}
+
+PYBIND11_MODULE(_cpu, module) {
+    module.def("attention_float32", call<float, attention<float>>);
+    module.def("attention_bfloat16", call<bfloat16, attention<bfloat16>>);
+    module.def("norm_rope_float32", call<float, norm_rope<float>>);
+    module.def("norm_rope_bfloat16", call<bfloat16, norm_rope<bfloat16>>);
+    module.def("attention_reference", call<float, attention_reference>);
+    module.def("instructions", instructions);
+}

@@ -1,0 +1,1 @@
+"""How a model runs, never what it computes."""

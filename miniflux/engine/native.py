@@ -1,0 +1,129 @@
+"""The compiled kernels: whether they are here, what they take, and how they are called.
+
+    python -m miniflux.engine.native        what is built, what is used on this machine, and why not the rest
+
+`miniflux._cpu` (csrc/cpu) normalises and turns queries and keys and computes the attention in one pass over memory. It is built
+when the package is installed, where there is a compiler; without it PyTorch's own operations do the same.
+`networks.attention` chooses, and checks what is handed over here.
+
+Tensors: qkv (B, S, 3, H, D) float32 or bfloat16, pe (S, D/2, 2, 2) float32, image and text (2, D): the scales of queries
+and keys; those of text are for the first L rows.
+"""
+
+import argparse
+from importlib import import_module
+
+import torch
+from torch import Tensor
+
+try:
+    _cpu, WHY_NOT = import_module("miniflux._cpu"), ""
+except ImportError as error:
+    _cpu, WHY_NOT = None, str(error)
+
+DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+
+
+def refusal(qkv: Tensor) -> str | None:
+    """Why the kernels cannot take this tensor; None if they can."""
+    if _cpu is None:
+        return f"miniflux._cpu is not built ({WHY_NOT}): install a C++ compiler, then miniflux again"
+    if qkv.device.type != "cpu":
+        return f"it computes on the CPU, and the tensors are on {qkv.device.type}"
+    if qkv.dtype not in DTYPES:
+        return f"it takes float32 and bfloat16, not {qkv.dtype}"
+    if qkv.stride(-1) != 1:
+        return f"the channels of a head must be neighbours in memory, not {qkv.stride(-1)} numbers apart"
+    return None
+
+
+def needs_gradients(qkv: Tensor, image: Tensor, text: Tensor) -> bool:
+    return torch.is_grad_enabled() and (qkv.requires_grad or image.requires_grad or text.requires_grad)
+
+
+def call(kernel: str, qkv: Tensor, pe: Tensor, image: Tensor, text: Tensor, L: int, out: Tensor) -> None:
+    B, S, _, H, D = qkv.shape
+    # Note: contiguous tensors are kept in variables until the kernel is done with their addresses.
+    pe, image, text = pe.contiguous(), image.to(qkv.dtype).contiguous(), text.to(qkv.dtype).contiguous()
+    getattr(_cpu, f"{kernel}_{DTYPES[qkv.dtype]}")((B, H, S, L, D), qkv.data_ptr(), qkv.stride()[:4], text.data_ptr(),
+                                                   image.data_ptr(), pe.data_ptr(), out.data_ptr())
+
+
+def attend(qkv: Tensor, pe: Tensor, image: Tensor, text: Tensor, L: int) -> Tensor:
+    B, S, _, H, D = qkv.shape
+    out = qkv.new_empty(B, S, H * D)
+    call("attention", qkv, pe, image, text, L, out)
+    return out
+
+
+def attention(qkv: Tensor, pe: Tensor, image: Tensor, text: Tensor, L: int) -> Tensor:
+    """softmax(R norm(q) (R norm(k))ᵀ / √D) v -> (B, S, H·D), also in a compiled graph and with gradients."""
+    # Note: called directly where possible: the way through PyTorch's dispatcher costs five times as much.
+    traced = torch.compiler.is_compiling() or torch.is_grad_enabled() and any(x.requires_grad for x in (qkv, text, image))
+    return (torch.ops.miniflux.attention if traced else attend)(qkv, pe, image, text, L)
+
+
+def norm_rope(qkv: Tensor, pe: Tensor, image: Tensor, text: Tensor, L: int) -> Tensor:
+    """Normalises and turns queries and keys in place; returns qkv."""
+    if needs_gradients(qkv, image, text):
+        raise ValueError("norm_rope overwrites queries and keys and has no gradients: use the attention backend 'native'")
+    if torch.compiler.is_compiling():
+        torch.ops.miniflux.norm_rope(qkv, pe, image, text, L)
+    else:
+        call("norm_rope", qkv, pe, image, text, L, qkv)
+    return qkv
+
+
+@torch.library.custom_op("miniflux::attention", mutates_args=())
+def attention_op(qkv: Tensor, pe: Tensor, image: Tensor, text: Tensor, L: int) -> Tensor:
+    from ..networks.attention import check
+    check(qkv, pe, image, text, L, "native")
+    return attend(qkv, pe, image, text, L)
+
+
+@attention_op.register_fake
+def _(qkv: Tensor, pe: Tensor, image: Tensor, text: Tensor, L: int) -> Tensor:
+    B, S, _, H, D = qkv.shape
+    return qkv.new_empty(B, S, H * D)
+
+
+def keep(ctx, inputs: tuple, output: Tensor) -> None:
+    *tensors, ctx.L = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def recompute(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradients of the same function in PyTorch's operations."""
+    from ..networks.attention import attention
+    with torch.enable_grad():
+        qkv, pe, image, text = (x.detach().requires_grad_() for x in ctx.saved_tensors)
+        out = attention(qkv, pe, image, text, ctx.L, backend="sdpa")
+    return *torch.autograd.grad(out, (qkv, pe, image, text), gradient, allow_unused=True), None
+
+
+attention_op.register_autograd(recompute, setup_context=keep)
+
+
+@torch.library.custom_op("miniflux::norm_rope", mutates_args=("qkv",))
+def norm_rope_op(qkv: Tensor, pe: Tensor, image: Tensor, text: Tensor, L: int) -> None:
+    from ..networks.attention import check
+    check(qkv, pe, image, text, L, "norm_rope")
+    call("norm_rope", qkv, pe, image, text, L, qkv)
+
+
+def main() -> None:
+    argparse.ArgumentParser(prog="python -m miniflux.engine.native",
+                            description="Say which compiled kernels there are and which of them are used here.").parse_args()
+    if _cpu is None:
+        print(f"miniflux._cpu   not built: {WHY_NOT}\n                attention runs on PyTorch's own operations; "
+              "install a C++ compiler with OpenMP, then miniflux again")
+    else:
+        print(f"miniflux._cpu   {_cpu.__file__}\n                used on the CPU in float32 and bfloat16, "
+              f"with {_cpu.instructions()} and {torch.get_num_threads()} threads")
+    print("CUDA, MPS       no kernels of their own: PyTorch's attention ("
+          + ", ".join(f"{name}: {'here' if there else 'not here'}" for name, there in
+                      (("CUDA", torch.cuda.is_available()), ("MPS", torch.backends.mps.is_available()))) + ")")
+
+
+if __name__ == "__main__":
+    main()

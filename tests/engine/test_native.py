@@ -1,0 +1,216 @@
+"""The compiled kernels. Oracles: the specification csrc/reference.cpp, itself checked against the formula in PyTorch's operations
+in float64; autograd through that formula."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.nn.functional import rms_norm
+
+from miniflux.engine import native
+from miniflux.networks.attention import apply_rope, attention, attention_backend, formula, rope_table
+
+pytestmark = pytest.mark.skipif(native._cpu is None and os.environ.get("MINIFLUX_REQUIRE_NATIVE") != "1",
+                                reason="miniflux._cpu is not built: there is no compiler here")
+
+# (B, H, S, D), text tokens: of one token, of odd sizes, of no text and of text alone, over and under the kernel's blocks of 16
+SHAPES = [((1, 1, 1, 2), 0), ((2, 3, 5, 6), 2), ((1, 2, 16, 32), 16), ((2, 1, 33, 48), 0), ((1, 4, 96, 64), 32), ((1, 2, 150, 128), 31)]
+
+
+def problem(shape, dtype=torch.float32) -> list:
+    B, H, S, D = shape
+    torch.manual_seed(0)
+    ids = torch.randint(50, (S, 1))
+    return [torch.randn(B, S, 3, H, D).to(dtype), rope_table(ids, (D,), 10000.0), *(1 + 0.3 * torch.randn(2, 2, D)).to(dtype)]
+
+
+def reference(qkv, pe, image, text, L):
+    """csrc/reference.cpp, in float32."""
+    qkv, image, text = (x.float().contiguous() for x in (qkv, image, text))
+    B, S, _, H, D = qkv.shape
+    out = torch.full((B, S, H * D), torch.nan)
+    native._cpu.attention_reference((B, H, S, L, D), qkv.data_ptr(), qkv.stride()[:4], text.data_ptr(), image.data_ptr(),
+                                    pe.data_ptr(), out.data_ptr())
+    return out
+
+
+def written_out(qkv, pe, image, text, L):
+    """The same in PyTorch's operations, in the dtype of qkv."""
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)
+    S, D = q.shape[-2:]
+    is_text = (torch.arange(S) < L)[:, None]
+
+    def turned(x, which):
+        x = rms_norm(x, (D,), eps=1e-6) * torch.where(is_text, text[which], image[which])
+        even, odd = x[..., ::2], x[..., 1::2]
+        return torch.stack([pe[..., 0, 0] * even + pe[..., 0, 1] * odd, pe[..., 1, 0] * even + pe[..., 1, 1] * odd], -1).flatten(-2)
+
+    return formula(turned(q, 0), turned(k, 1), v).transpose(1, 2).flatten(2)
+
+
+def error(ours, theirs) -> float:
+    return float((ours.double() - theirs.double()).abs().max() / theirs.double().abs().max())
+
+
+def test_the_module_is_there_where_it_is_required():
+    assert native._cpu is not None, native.WHY_NOT
+
+
+@pytest.mark.parametrize("shape, L", SHAPES)
+def test_the_specification_is_the_formula(shape, L):
+    args = problem(shape)
+    assert error(reference(*args, L), written_out(*(x.double() for x in args), L)) < 2e-6
+
+
+@pytest.mark.parametrize("dtype, bound", [(torch.float32, 2e-6), (torch.bfloat16, 4e-3)])
+@pytest.mark.parametrize("shape, L", SHAPES)
+def test_the_kernel_is_the_specification(shape, L, dtype, bound):
+    args = problem(shape, dtype)
+    assert error(native.attention(*args, L), reference(*args, L)) < bound
+
+
+@pytest.mark.parametrize("dtype, bound", [(torch.float32, 2e-6), (torch.bfloat16, 8e-3)])
+def test_norm_rope_turns_queries_and_keys_in_place_and_leaves_the_values(dtype, bound):
+    qkv, pe, image, text = problem((2, 3, 21, 16), dtype)
+    before = qkv.clone()
+    after = native.norm_rope(qkv, pe, image, text, 4)
+    assert after.data_ptr() == qkv.data_ptr() and torch.equal(qkv[:, :, 2], before[:, :, 2])
+    for which in (0, 1):
+        x = rms_norm(before[:, :, which].double().transpose(1, 2), (16,), eps=1e-6)
+        scale = torch.cat([text[which].expand(4, 16), image[which].expand(17, 16)]).double()
+        assert error(qkv[:, :, which].transpose(1, 2), apply_rope((x * scale).float(), pe)) < bound  # bfloat16 itself rounds by 4e-3
+
+
+def test_rows_may_be_a_part_of_wider_rows():
+    qkv, pe, image, text = problem((2, 3, 21, 16))
+    wide = torch.randn(2, 21, 7 + 3 * 48 + 5)
+    wide[..., 7:-5] = qkv.flatten(2)
+    part = wide[..., 7:-5].unflatten(-1, (3, 3, 16))
+    assert torch.equal(native.attention(part, pe, image, text, 4), native.attention(qkv, pe, image, text, 4))
+
+
+def test_a_batch_equals_its_singles_and_threads_change_nothing():
+    qkv, pe, image, text = problem((3, 2, 40, 32))
+    together = native.attention(qkv, pe, image, text, 8)
+    assert torch.equal(together[1:2], native.attention(qkv[1:2], pe, image, text, 8))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    assert torch.equal(together, native.attention(qkv, pe, image, text, 8))
+    torch.set_num_threads(threads)
+
+
+def test_a_nan_reaches_what_looks_at_it_and_nothing_else():
+    qkv, pe, image, text = problem((1, 2, 40, 32))
+    qkv[0, 7, 0, 1, 3] = torch.nan                          # a query of head 1: one row
+    qkv[0, 5, 2, 0, 2] = torch.nan                          # a value of head 0: one channel of every row
+    out = native.attention(qkv, pe, image, text, 8).isnan().view(40, 2, 32)
+    expected = torch.zeros(40, 2, 32, dtype=torch.bool)
+    expected[7, 1] = expected[:, 0, 2] = True
+    assert torch.equal(out, expected)
+    qkv[0, 9, 1, 1, 0] = torch.nan                          # a key of head 1: every row
+    assert native.attention(qkv, pe, image, text, 8).view(40, 2, 32)[:, 1].isnan().all()
+
+
+def test_large_scores_do_not_overflow():
+    qkv, pe, image, text = problem((1, 1, 20, 16))
+    args = qkv, pe, 30 * image, 30 * text
+    assert error(native.attention(*args, 3), written_out(*(x.double() for x in args), 3)) < 1e-4    # one weight is all but 1
+    assert native.attention(*args, 3).isfinite().all()
+
+
+def test_no_tokens_give_no_rows():
+    for shape in ((1, 2, 0, 16), (0, 2, 5, 16)):
+        args = problem(shape)
+        assert native.attention(*args, 0).shape == (shape[0], shape[2], 32)
+        native.norm_rope(*args, 0)
+
+
+# ------------------------------------------------------------------------------------------- torch.compile and autograd
+
+
+def test_the_op_is_what_pytorch_expects_of_one():
+    torch.library.opcheck(native.attention_op, (*problem((1, 2, 9, 8)), 3))
+    with_gradients = [x.requires_grad_(i != 1) for i, x in enumerate(problem((1, 2, 9, 8)))]
+    with torch.enable_grad():
+        torch.library.opcheck(native.attention_op, (*with_gradients, 3))
+    torch.library.opcheck(native.norm_rope_op, (*problem((1, 2, 9, 8)), 3))
+
+
+def test_the_gradients_are_those_of_the_formula():
+    args = problem((2, 2, 19, 16))
+    weights = torch.randn(2, 19, 32)
+    with torch.enable_grad():
+        grads = []
+        for f in (written_out, native.attention):
+            qkv, pe, image, text = (x.clone() for x in args)
+            leaves = [x.requires_grad_() for x in (qkv, image, text)]
+            grads.append(torch.autograd.grad((f(qkv, pe, image, text, 5) * weights).sum(), leaves))
+    for ours, theirs in zip(*grads[::-1]):
+        assert error(ours, theirs) < 1e-5
+
+
+@pytest.mark.parametrize("backend", ["native", "norm_rope"])
+def test_a_compiled_graph_holds_the_kernel_whole(backend):
+    def block(x, pe, image, text):
+        return 2 * attention((x * 1.5).unflatten(-1, (3, 2, 16)), pe, image, text, 5, backend=backend)
+
+    qkv, *others = problem((1, 2, 19, 16))
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    assert error(compiled(qkv.flatten(2), *others), block(qkv.flatten(2), *others)) < 1e-6
+
+
+def test_norm_rope_says_that_it_has_no_gradients():
+    qkv, *others = problem((1, 2, 9, 8))
+    with torch.enable_grad(), pytest.raises(ValueError, match="has no gradients: use the attention backend 'native'"):
+        attention(qkv.requires_grad_(), *others, backend="norm_rope")
+
+
+# ------------------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda qkv, pe, image, text, L: (qkv[..., :7], pe, image, text, L), r"qkv is torch.float32 \(1, 9, 3, 2, 7\): expected .* an even D"),
+    (lambda qkv, pe, image, text, L: (qkv[:, :, :2], pe, image, text, L), r"qkv is .*\(1, 9, 2, 2, 8\): expected .*\(B, S, 3, H, D\)"),
+    (lambda qkv, pe, image, text, L: (qkv.long(), pe, image, text, L), "qkv is torch.int64 .*: expected floating-point numbers"),
+    (lambda qkv, pe, image, text, L: (qkv, pe[:8], image, text, L), r"RoPE table is torch.float32 \(8, 4, 2, 2\): expected float32 \(9, 4, 2, 2\)"),
+    (lambda qkv, pe, image, text, L: (qkv, pe.bfloat16(), image, text, L), "RoPE table is torch.bfloat16"),
+    (lambda qkv, pe, image, text, L: (qkv, pe, image[:1], text, L), r"scales of image and text are \(1, 8\) and \(2, 8\)"),
+    (lambda qkv, pe, image, text, L: (qkv, pe, image, text, 10), "for 10 text tokens of 9: expected"),
+    (lambda qkv, pe, image, text, L: (qkv, pe.to("meta"), image, text, L), "lie on cpu, meta, cpu and cpu: expected one device"),
+    (lambda qkv, pe, image, text, L: (qkv.half(), pe, image, text, L), "takes float32 and bfloat16, not torch.float16"),
+    (lambda qkv, pe, image, text, L: (qkv.mT.contiguous().mT, pe, image, text, L), "must be neighbours in memory, not 2 numbers apart"),
+    (lambda *args: (*(x.to("meta") for x in args[:4]), args[4]), "computes on the CPU, and the tensors are on meta"),
+])
+def test_what_does_not_fit_is_one_sentence(change, message):
+    args = change(*problem((1, 2, 9, 8)), 3)
+    with pytest.raises(ValueError, match=message):
+        attention(*args, backend="native")
+    if not any(x.is_meta for x in args[:4]):                # for those PyTorch answers itself, with a tensor without data
+        with pytest.raises(ValueError, match=message):
+            torch.ops.miniflux.attention(*args)
+
+
+# ----------------------------------------------------------------------------------------------- with and without the module
+
+
+def test_a_missing_module_is_named_only_where_it_is_asked_for(monkeypatch):
+    args = problem((1, 2, 9, 8))
+    expected = attention(*args, 3)
+    monkeypatch.setattr(native, "_cpu", None)
+    monkeypatch.setattr(native, "WHY_NOT", "No module named 'miniflux._cpu'")
+    torch.testing.assert_close(attention(*args, 3), expected, rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="'native' cannot be used here: miniflux._cpu is not built .*: install a C.. compiler"):
+        attention(*args, 3, backend="native")
+
+
+def test_the_command_says_what_is_there():
+    result = subprocess.run([sys.executable, "-m", "miniflux.engine.native"], capture_output=True, text=True, check=True)
+    assert "used on the CPU in float32 and bfloat16, with " in result.stdout and len(result.stdout.splitlines()) <= 6
+
+
+def test_the_backend_in_force_may_be_native_by_name():
+    args = problem((1, 2, 9, 8))
+    with attention_backend("native"):
+        assert torch.equal(attention(*args, 3), native.attention(*args, 3))
