@@ -24,7 +24,6 @@ from .images import check_output, number, save, strip, to_pil
 from .info import marks, spell
 from .latents import decode
 from .masks import blur_mask, expand_canvas, mask_from_alpha
-from .preview import load_preview
 from .sampling import OnFinish
 from .settings import DEFAULTS, DISTILLED_STEPS
 from .watermark import add_watermark
@@ -161,7 +160,10 @@ def run(p: Parser, paint: Callable, inputs: Callable[[Flux, argparse.Namespace],
         finish = on_finish(args)
         flux = load(args.model, device=args.device, dtype=DTYPES.get(args.dtype), transformer=args.transformer)
         flux = adapt(flux, args)
-        look = load_preview(args.preview_with, flux) if args.preview_with else partial(decode, flux)
+        look = partial(decode, flux)
+        if args.preview_with:
+            from .preview import load_preview
+            look = load_preview(args.preview_with, flux)
         states: list[tuple[float, Tensor]] = []
         pictures = paint(flux, **asked(flux, args, paint) | inputs(flux, args) | {
             "output": "pil", "progress": not args.quiet, "on_finish": finish,

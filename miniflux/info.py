@@ -30,7 +30,8 @@ def marks(task: str, model: str, prompt: str | None) -> dict[int, bytes]:
     """The EXIF marks of a painted picture."""
     made = {SOFTWARE: f"AI generated;{KINDS.get(task, 'img2img')};flux", MODEL: f"flux-{model}",
             MAKE: "Black Forest Labs" if model in OFFICIAL else "miniflux", DESCRIPTION: prompt}
-    return {tag: text.encode() for tag, text in made.items() if text}
+    # Note: a JPEG has room for 64 KiB of EXIF.
+    return {tag: text.encode()[:60_000] for tag, text in made.items() if text}
 
 
 def spell(parser, args, seed: int) -> str:
@@ -71,7 +72,10 @@ def info(picture: str | os.PathLike) -> dict[str, str]:
     Raises FileNotFoundError or ValueError for what is no picture."""
     image = open_picture(Path(picture), "picture")
     found = {str(key): str(value) for key, value in getattr(image, "text", {}).items()}
-    exif = image.getexif()
+    try:
+        exif = dict(image.getexif())
+    except Exception:                                       # Pillow's reader raises what it likes; the picture itself is sound
+        exif = {}
     for tag, name in EXIF.items():
         if isinstance(text := exif.get(tag), str):
             found[name] = text.encode("latin-1", "replace").decode("utf-8", "replace")

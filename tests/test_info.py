@@ -114,6 +114,17 @@ def test_the_command_prints_what_the_picture_says(tmp_path, monkeypatch, capsys)
     assert stop.value.code == 2 and "cannot be read as a picture" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("exif", [b"Exif\0\0II*\0\xff\xff\xff\x7f", b"nonsense", b"MM\0*\0\0\0\x08\xff\xff" + b"\xff" * 40, b""])
+def test_broken_exif_is_no_exif(tmp_path, exif):
+    Image.new("RGB", (16, 16)).save(tmp_path / "a.png", exif=exif)
+    assert info(tmp_path / "a.png") == {}
+
+
+def test_a_very_long_prompt_fits_into_a_jpeg(tmp_path):
+    save(Image.new("RGB", (16, 16)), tmp_path / "a.jpg", {}, marks("generate", "dev", "a fox " * 20_000))
+    assert info(tmp_path / "a.jpg")["description"].startswith("a fox a fox")
+
+
 # ------------------------------------------------------------------------------------------------ --watermark, --safety
 
 
