@@ -1,8 +1,8 @@
 """Content filters: does a picture or a prompt show what it should not?
 
-    flux-pictures -> classifier: how probably is it not safe for work?      above 0.85: flagged
-                  -> Pixtral, asked about the picture: brands, characters, public figures?      "yes": flagged
-    prompts       -> Pixtral, asked about the text
+    pictures -> classifier: how probably is it not safe for work?                             above 0.85: flagged
+             -> Pixtral, asked about the picture: brands, characters, public figures?         "yes": flagged
+    prompts  -> Pixtral, asked about the text                                                 "yes": flagged
 
 These are the filters of the original repository's Kontext demo, in their order and with their threshold; the questions are in words
 of our own. No weights of theirs come along, so nothing is filtered unless it is asked for; and where it is asked for and something
@@ -92,7 +92,8 @@ def is_nsfw(picture: Pixels, filters: Filters) -> bool:
     net = filters.classifier
     x = to_tensor(picture, net.config.image_size, net.config.image_size, Image.Resampling.BILINEAR) * 2 - 1
     scores = net(x.to(next(net.parameters()))).float().softmax(dim=-1)          # (1, labels)
-    return float(scores[0, net.config.labels.index("nsfw")]) > THRESHOLD
+    # Note: a broken score (nan) is above nothing and below nothing: it flags.
+    return not float(scores[0, net.config.labels.index("nsfw")]) <= THRESHOLD
 
 
 def says_yes(filters: Filters, question: list[str | Pixels]) -> bool:
@@ -111,7 +112,7 @@ def says_yes(filters: Filters, question: list[str | Pixels]) -> bool:
     ids.append(special["[/INST]"])
     logits = net(torch.tensor([ids], device=weights.device), seen)[0].float()   # (vocab,)
     yes, no = (tokenizer.encode(word)[0] for word in ("yes", "no"))
-    return bool(logits[yes] > logits[no])
+    return not bool(logits[yes] <= logits[no])                                  # nan flags here too
 
 
 def show(picture: Pixels, patch: int) -> Tensor:

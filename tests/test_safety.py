@@ -92,6 +92,13 @@ def test_a_text_is_only_asked_about(filters, yes, flagged):
     assert is_flagged("a fox", told) is flagged and told.classifier.asked == 0
 
 
+def test_a_broken_score_or_answer_flags(filters):
+    assert is_flagged(photo(8, 8), replace(filters, classifier=Scripted(filters.classifier, [float("nan")] * 2)))
+    assert is_flagged("a fox", scripted(filters, 0.1, float("nan"))) and is_flagged(photo(8, 8), scripted(filters, 0.1, float("nan")))
+    with pytest.raises(ValueError, match="expected uint8, or floats in"):
+        stop_flagged(filters)(torch.full((1, 3, 32, 32), torch.nan))
+
+
 def test_every_picture_of_a_batch_is_looked_at(filters):
     """The original looks at the first one only."""
     class Bright(Scripted):
