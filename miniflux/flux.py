@@ -8,7 +8,7 @@ from torch import nn
 
 from .checkpoints import layouts
 from .checkpoints.building import pick
-from .checkpoints.formats import PICKLES, listing, read_json
+from .checkpoints.formats import PICKLES, listing, read_header, read_json
 from .checkpoints.hub import OFFICIAL, cache_folder, find_in_cache, find_or_download, is_repo
 from .networks.autoencoder import Autoencoder
 from .networks.clip import CLIPText, CLIPVision
@@ -20,10 +20,10 @@ from .networks.tokenizers import CLIPTokenizer, T5Tokenizer
 SHIPPED = Path(__file__).parent / "tiny" / "weights"
 # Where each part may lie in a folder, the best place first: the diffusers layout, then the original one.
 PARTS = {
-    "transformer": ("transformer/*.safetensors", "flux1*.safetensors", "transformer"),
+    "transformer": ("transformer/*.safetensors", "flux1*.safetensors", "flux1*.gguf", "transformer"),
     "vae": ("vae/*.safetensors", "ae.safetensors", "vae"),
     "text_encoder": ("text_encoder/*.safetensors", "clip_l*.safetensors", "text_encoder"),
-    "text_encoder_2": ("text_encoder_2/*.safetensors", "t5xxl*.safetensors", "text_encoder_2"),
+    "text_encoder_2": ("text_encoder_2/*.safetensors", "t5xxl*.safetensors", "t5*.gguf", "text_encoder_2"),
     "tokenizer": ("tokenizer",),
     "tokenizer_2": ("tokenizer_2",),
     "image_embedder": ("image_embedder", "flux1-redux*.safetensors"),
@@ -101,9 +101,10 @@ def load(source: str | Path = "tiny", *, device: torch.device | str | None = Non
     """Load a FLUX.1 model.
 
     source: a shipped name ("tiny"), an official short name ("schnell", "dev", "krea", "fill", "canny", "depth", "kontext"; "redux"
-    is dev with `add_redux`), a Hub id, or a folder in the diffusers or in the original layout. transformer: a single file or folder whose transformer
-    replaces the source's. device: CUDA, then MPS, then CPU by default. dtype: bfloat16 on accelerators, float32 on the CPU
-    by default.
+    is dev with `add_redux`), a Hub id, a folder in the diffusers or in the original layout, or a safetensors file with a whole
+    model (ComfyUI's). transformer: a single file (safetensors or GGUF) or folder whose transformer replaces the source's. What is
+    quantised stays so in memory. device: CUDA, then MPS, then CPU by default. dtype: bfloat16 on accelerators, float32 on the
+    CPU by default; what quantised weights are computed in.
 
     Raises FileNotFoundError for what is not there, ValueError for what is not a FLUX.1 model."""
     device = find_device(device)
@@ -111,14 +112,12 @@ def load(source: str | Path = "tiny", *, device: torch.device | str | None = Non
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"dtype is {dtype!r:.60}, expected torch.float32, torch.bfloat16 or torch.float16")
     folder = find_source(source)
-    if not folder.is_dir():
-        raise ValueError(f"{folder} is a file: load a folder, and give a single file as transformer=")
     if find_part(folder, "image_embedder") and not find_part(folder, "transformer"):
         return add_redux(load("dev", device=device, dtype=dtype, transformer=transformer), folder)
     override = None if transformer is None else Path(transformer).expanduser()
     if override and not override.exists():
         raise FileNotFoundError(f"the transformer {transformer} does not exist: expected a file or a folder")
-    files = find_parts(folder, override)
+    files = (find_parts if folder.is_dir() else find_parts_in_file)(folder, override)
 
     def part(name: str, loader):
         return loader(files[name], device, dtype) if name in files else None
@@ -188,6 +187,20 @@ def find_parts(folder: Path, transformer: Path | None = None) -> dict[str, Path]
     if "transformer" not in files:
         what = "is incomplete: it has a model_index.json, but not the" if index.is_file() else "holds no FLUX.1 model: it has no"
         raise ValueError(f"{folder} {what} folder transformer/ (diffusers layout) or file flux1-*.safetensors (original layout)")
+    return with_cached_encoders(files)
+
+
+def find_parts_in_file(path: Path, transformer: Path | None = None) -> dict[str, Path]:
+    """The same for a single file that holds a whole model, as ComfyUI's do."""
+    names = read_header(path)[0] if path.suffix == ".safetensors" else ()
+    files = {part: path for part, prefix in layouts.PREFIXES.items() if any(name.startswith(prefix) for name in names)}
+    if not {"transformer", "vae"} <= set(files):
+        raise ValueError(f"{path} is a file without a whole model: load a folder, and give a single file as transformer=")
+    return with_cached_encoders(files | ({"transformer": transformer} if transformer else {}))
+
+
+def with_cached_encoders(files: dict[str, Path]) -> dict[str, Path]:
+    """What an original layout lacks, from the cache: tokenizers, and text encoders."""
     if files["transformer"].is_file():
         for suffix, repo in TEXT_ENCODERS.items():
             if snapshot := find_in_cache(repo):

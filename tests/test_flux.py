@@ -278,7 +278,7 @@ def test_a_folder_without_a_model_is_refused(tmp_path):
 
 
 def test_a_file_is_no_source(original):
-    refused("flux1-small.safetensors is a file: load a folder, and give a single file as transformer=",
+    refused("flux1-small.safetensors is a file without a whole model: load a folder, and give a single file as transformer=",
             original / "flux1-small.safetensors")
 
 

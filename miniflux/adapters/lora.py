@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from ..checkpoints.building import WithoutInitialisation
 from ..checkpoints.formats import listing, read_json, read_metadata, read_safetensors
+from ..checkpoints.packed import PackedLinear
 from ..flux import Flux
 from ..images import check_number, log
 from ..networks.clip import CLIPText
@@ -135,8 +136,10 @@ def changed_module(module: nn.Module, changes: list[tuple[Delta, LoRA]]) -> nn.M
     if not isinstance(module, nn.Linear):                   # a norm's scale is replaced, whatever the LoRA's own scale
         module.scale = frozen(changes[-1][0].factors["value"].to(module.scale))
         return module
-    layer = LoRALinear.like(module, max((delta.shape[1] for delta, _ in changes if delta.shape), default=0))
     merged = [(delta, lora.scale) for delta, lora in changes if lora.merge and lora.scale]
+    wide = max((delta.shape[1] for delta, _ in changes if delta.shape), default=0)
+    keeps_packed = isinstance(module, PackedLinear) and not merged and wide <= module.in_features
+    layer = LoRAPackedLinear.like(module) if keeps_packed else LoRALinear.like(module, wide)
     if merged:
         base = layer.weight
         layer.weight, layer.bias = frozen(merged_weight(base, merged)), merged_bias(base, layer.bias, merged)
@@ -183,14 +186,29 @@ class LoRALinear(nn.Linear):
         weight = linear.weight
         if layer.in_features > linear.in_features:
             weight = frozen(nn.functional.pad(weight, (0, layer.in_features - linear.in_features)))
-        layer.weight, layer.bias = weight, linear.bias
+        # Note: a packed weight that is to be changed has to be unpacked for good.
+        layer.weight, layer.bias = weight if isinstance(weight, nn.Parameter) else frozen(weight), linear.bias
         return layer.train(linear.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = super().forward(x)
+        weight = self.weight
+        y = nn.functional.linear(x, weight, self.bias)
         for delta, scale in self.beside:
-            y = delta.apply(x, y, self.weight, scale)
+            y = delta.apply(x, y, weight, scale)
         return y
+
+
+class LoRAPackedLinear(PackedLinear):
+    """The same beside a weight that stays packed."""
+
+    beside: list[tuple[Delta, float]] = []
+    forward = LoRALinear.forward
+
+    @classmethod
+    def like(cls, linear: PackedLinear) -> "LoRAPackedLinear":
+        layer = cls(linear.packed, linear.dtype, linear.q.device)
+        layer.bias = linear.bias
+        return layer.train(linear.training)
 
 
 # -------------------------------------------------------------------------------------------------------------- reading

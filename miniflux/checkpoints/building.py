@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .formats import listing
+from .packed import Packed, PackedLinear, State
 
 Network = TypeVar("Network", bound=nn.Module)
-State = dict[str, Tensor]
 
 class WithoutInitialisation(TorchFunctionMode):
     """Leaves out `torch.nn.init`: what it would write is replaced anyway, and on the meta device it imports a compiler (1 s)."""
@@ -49,9 +49,21 @@ def build(kind: type[Network], config, state: State, source: Path, device: torch
             raise ValueError(f"{source}: {name} holds {state[name].dtype}, expected floating-point numbers")
     for name in expected:
         module, _, attribute = name.rpartition(".")
-        tensor = place(state.pop(name), torch.device(device), dtype)
-        setattr(network.get_submodule(module), attribute, nn.Parameter(tensor, requires_grad=False))
+        owner, tensor = network.get_submodule(module), state.pop(name)
+        if isinstance(tensor, Packed):
+            if attribute == "weight" and isinstance(owner, nn.Linear):
+                network.set_submodule(module, packed_linear(owner, tensor, torch.device(device), dtype))
+                continue
+            tensor = tensor.unpack()
+        setattr(owner, attribute, nn.Parameter(place(tensor, torch.device(device), dtype), requires_grad=False))
     return network.eval()
+
+
+def packed_linear(linear: nn.Linear, weight: Packed, device: torch.device, dtype: torch.dtype | None) -> PackedLinear:
+    """The layer with a packed weight in the place of its own, and the bias that it has so far."""
+    layer = PackedLinear(weight, dtype or torch.float32, device)
+    layer.bias = linear.bias
+    return layer
 
 
 def place(tensor: Tensor, device: torch.device, dtype: torch.dtype | None) -> Tensor:

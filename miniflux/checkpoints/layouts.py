@@ -6,6 +6,7 @@
 Sizes come from a config.json where there is one, else from the shapes of the tensors, never from a name.
 """
 
+from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -15,8 +16,9 @@ from ..networks.controlnet import ControlNet, ControlNetConfig
 from ..networks.mmdit import MMDiT, MMDiTConfig
 from ..networks.siglip import ReduxConfig, ReduxEmbedder, SigLIP, SigLIPConfig
 from ..networks.t5 import T5, T5Config
-from .building import State, build, check_class, pick
+from .building import build, check_class, pick
 from .formats import listing, read_json, read_safetensors, read_sharded
+from .gguf import read_gguf
 from .names import (
     autoencoder_from_diffusers,
     autoencoder_levels,
@@ -24,22 +26,39 @@ from .names import (
     count,
     is_joined,
     mmdit_from_diffusers,
+    t5_from_gguf,
 )
+from .packed import State, pack_state
 
-COMFYUI_PREFIX = "model.diffusion_model."
+# What names begin with in ComfyUI's files; those that hold a whole model have all of them.
+PREFIXES = {"transformer": "model.diffusion_model.", "vae": "vae.", "text_encoder": "text_encoders.clip_l.transformer.",
+            "text_encoder_2": "text_encoders.t5xxl.transformer."}
 CLIP_VISION = "openai/clip-vit-large-patch14"
 
 
+def read_file(path: Path, part: str, apart: Callable[[str], bool] = lambda name: False) -> State:
+    """The tensors of a part of a model from a safetensors or GGUF file that holds it alone or among others; quantised ones packed."""
+    if path.suffix == ".gguf":
+        return read_gguf(path)
+    state, prefix = read_safetensors(path, apart), PREFIXES.get(part, "")
+    if any(name.startswith(prefix) for name in state):
+        state = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+    return pack_state(state, path)
+
+
+def read_folder(path: Path, stem: str, apart: Callable[[str], bool] = lambda name: False) -> State:
+    """The tensors of a folder of diffusers or transformers, quantised ones packed."""
+    return pack_state(read_sharded(path, stem, apart), path)
+
+
 def load_mmdit(path: Path, device="cpu", dtype=None) -> MMDiT:
-    """The transformer from a folder `transformer/` or from a single file (original or diffusers names, bare or with the
-    ComfyUI prefix)."""
+    """The transformer from a folder `transformer/` or from a single file (safetensors or GGUF, original or diffusers names, bare or
+    with ComfyUI's prefix)."""
     if path.is_dir():
         config = mmdit_config(read_json(path / "config.json"), path / "config.json")
-        state = mmdit_from_diffusers(read_sharded(path, "diffusion_pytorch_model", is_joined))
+        state = mmdit_from_diffusers(read_folder(path, "diffusion_pytorch_model", is_joined))
         return build(MMDiT, config, state, path, device, dtype)
-    state = read_safetensors(path, is_joined)
-    if any(name.startswith(COMFYUI_PREFIX) for name in state):
-        state = {k.removeprefix(COMFYUI_PREFIX): v for k, v in state.items() if k.startswith(COMFYUI_PREFIX)}
+    state = read_file(path, "transformer", is_joined)
     if "x_embedder.weight" in state:
         state = mmdit_from_diffusers(state)
     return build(MMDiT, mmdit_config_from_tensors(state, path), state, path, device, dtype)
@@ -102,14 +121,14 @@ def load_controlnet(path: Path, device="cpu", dtype=None) -> ControlNet:
         values = {"num_layers": 19, "num_single_layers": 38} | mmdit_values(values, source) | {
             "num_mode": values.get("num_mode") or 0, "hint": values.get("conditioning_embedding_channels") is not None}
         config = pick(ControlNetConfig, values, MMDIT_FIELDS | {"modes": "num_mode", "hint": "hint"}, source)
-        state = controlnet_from_any(read_sharded(path, "diffusion_pytorch_model", is_joined))
+        state = controlnet_from_any(read_folder(path, "diffusion_pytorch_model", is_joined))
         return build(ControlNet, config, state, path, device, dtype)
     if path.is_dir():
         files = sorted(path.glob("*.safetensors"))
         if len(files) != 1:
             raise ValueError(f"{path} has no config.json and {len(files)} safetensors files: name the ControlNet's file")
         path = files[0]
-    state = controlnet_from_any(read_safetensors(path, is_joined))
+    state = controlnet_from_any(read_file(path, "controlnet", is_joined))
     if "controlnet_x_embedder.weight" not in state:
         raise ValueError(f"{path} is not a FLUX ControlNet: it has neither controlnet_x_embedder nor pos_embed_input")
     modes = state.get("controlnet_mode_embedder.weight", ())
@@ -123,7 +142,7 @@ def load_autoencoder(path: Path, device="cpu", dtype=None) -> Autoencoder:
         config = autoencoder_config(read_json(path / "config.json"), path / "config.json")
         state = autoencoder_from_diffusers(read_sharded(path, "diffusion_pytorch_model"))
         return build(Autoencoder, config, state, path, device, dtype)
-    state = read_safetensors(path)
+    state = read_file(path, "vae")
     if "encoder.conv_norm_out.weight" in state:
         state = autoencoder_from_diffusers(state)
     return build(Autoencoder, autoencoder_config_from_tensors(state, path), state, path, device, dtype)
@@ -162,7 +181,7 @@ def autoencoder_config_from_tensors(state: State, source: Path) -> AutoencoderCo
 def load_clip(path: Path, device="cpu", dtype=None) -> CLIPText:
     """CLIP's text tower from a folder with a config.json, or from a single file such as `clip_l.safetensors`."""
     config = clip_config(read_json(path / "config.json"), path / "config.json") if path.is_dir() else None
-    state = read_sharded(path, "model") if path.is_dir() else read_safetensors(path)
+    state = read_folder(path, "model") if path.is_dir() else read_file(path, "text_encoder")
     # Note: newer transformers leave the prefix out; whole CLIP files bring a vision tower and projections along.
     state = {k if k.startswith("text_model.") else f"text_model.{k}": v for k, v in state.items()
              if k.startswith(("text_model.", "embeddings.", "encoder.", "final_layer_norm.")) and not k.endswith("position_ids")}
@@ -203,10 +222,10 @@ def clip_config_from_tensors(state: State, source: Path) -> CLIPConfig:
 
 
 def load_t5(path: Path, device="cpu", dtype=None) -> T5:
-    """The T5 encoder from a folder with a config.json, or from a single file such as `t5xxl_fp16.safetensors`."""
+    """The T5 encoder from a folder with a config.json, or from a single file such as `t5xxl_fp16.safetensors` or a GGUF file."""
     values = read_json(path / "config.json") if path.is_dir() else {}
     check_class(values, ("T5EncoderModel", "T5ForConditionalGeneration"), path / "config.json")
-    state = read_sharded(path, "model") if path.is_dir() else read_safetensors(path)
+    state = read_folder(path, "model") if path.is_dir() else t5_from_gguf(read_file(path, "text_encoder_2"))
     # Note: some files hold the embedding under two names, or under the second.
     state = {k.replace("encoder.embed_tokens.", "shared."): v for k, v in state.items() if k.startswith(("shared.", "encoder."))}
     return build(T5, t5_config(values, state, path), state, path, device, dtype)

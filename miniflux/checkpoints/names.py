@@ -11,6 +11,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from .packed import Packed, State, dense, join
+
 MMDIT = {
     "img_in": ["x_embedder"],
     "txt_in": ["context_embedder"],
@@ -72,6 +74,15 @@ RESNET_BLOCK = {
     "norm1": ["norm1"], "conv1": ["conv1"], "norm2": ["norm2"], "conv2": ["conv2"], "nin_shortcut": ["conv_shortcut"],
 }
 
+# T5's tensors in GGUF files. Note: the gate is wi_0, the branch with the GELU.
+T5_GGUF = {
+    "token_embd": "shared", "enc.output_norm": "encoder.final_layer_norm", "enc.blk": "encoder.block",
+    "attn_q": "layer.0.SelfAttention.q", "attn_k": "layer.0.SelfAttention.k", "attn_v": "layer.0.SelfAttention.v",
+    "attn_o": "layer.0.SelfAttention.o", "attn_rel_b": "layer.0.SelfAttention.relative_attention_bias",
+    "attn_norm": "layer.0.layer_norm", "ffn_norm": "layer.1.layer_norm", "ffn_gate": "layer.1.DenseReluDense.wi_0",
+    "ffn_up": "layer.1.DenseReluDense.wi_1", "ffn_down": "layer.1.DenseReluDense.wo",
+}
+
 Table = dict[str, list[str]]
 JOINED = {part.split(".")[-1] for parts in (DOUBLE_BLOCK | SINGLE_BLOCK).values() if len(parts) > 1 for part in parts}
 
@@ -120,9 +131,9 @@ def tensor_names(modules: Table, names: set[str]) -> Iterator[tuple[str, list[st
                 yield f"{original}.{ours}", sources
 
 
-def swap_halves(x: Tensor) -> Tensor:
+def swap_halves(x: Tensor | Packed) -> Tensor:
     """(2·d, ...) -> the second d rows, then the first."""
-    return torch.cat(x.chunk(2)[::-1])
+    return torch.cat(dense(x).chunk(2)[::-1])
 
 
 def count(names: set[str], prefix: str) -> int:
@@ -132,7 +143,7 @@ def count(names: set[str], prefix: str) -> int:
     return min(max(indices, default=-1) + 1, len(names))
 
 
-def from_diffusers(state: dict[str, Tensor], modules: Table) -> dict[str, Tensor]:
+def from_diffusers(state: State, modules: Table) -> State:
     """Renames and joins a diffusers state dict, taking tensors *out of it* as it goes so that no second copy stays alive.
     Names that no row knows, and those that lack a sibling of their kind, are passed on unchanged for the strict loader
     to report."""
@@ -141,9 +152,8 @@ def from_diffusers(state: dict[str, Tensor], modules: Table) -> dict[str, Tensor
     for original, sources in sorted(tensor_names(modules, set(state)), key=lambda row: place.get(row[1][0], -1)):
         parts = [state[source] for source in sources if source in state and state[source].ndim]
         # Note: torch joins float32 and bfloat16, but not one-byte types with others.
-        if len(parts) == len(sources) and len({(part.shape[1:], part.dtype.itemsize == 1) for part in parts}) == 1:
-            parts = [state.pop(source) for source in sources]
-            result[original] = torch.cat(parts) if len(parts) > 1 else parts[0]
+        if len(parts) == len(sources) and len({(part.shape[1:], torch.is_tensor(part) and part.dtype.itemsize == 1) for part in parts}) == 1:
+            result[original] = join([state.pop(source) for source in sources])
     return result | state
 
 
@@ -152,21 +162,21 @@ def is_joined(name: str) -> bool:
     return not JOINED.isdisjoint(name.split("."))
 
 
-def mmdit_from_diffusers(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def mmdit_from_diffusers(state: State) -> State:
     """`FluxTransformer2DModel` names -> original names (empties `state`)."""
     names = set(state)
     state = from_diffusers(state, mmdit_modules(count(names, "transformer_blocks"), count(names, "single_transformer_blocks")))
     return {k: swap_halves(v) if k.startswith(SWAPPED_HALVES) else v for k, v in state.items()}
 
 
-def controlnet_from_any(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def controlnet_from_any(state: State) -> State:
     """Names of diffusers' `FluxControlNetModel` or of XLabs' files -> ours (empties `state`)."""
     state = mmdit_from_diffusers(state)
     modules = {name: name.rpartition(".")[0] for name in state}
     return {CONTROLNET.get(module, module) + name.removeprefix(module): state[name] for name, module in modules.items()}
 
 
-def mmdit_to_diffusers(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def mmdit_to_diffusers(state: State) -> State:
     """Original names -> `FluxTransformer2DModel` names."""
     names, result = set(state), {}
     hidden = state["img_in.weight"].shape[0]
@@ -180,6 +190,14 @@ def mmdit_to_diffusers(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return result
 
 
+def t5_from_gguf(state: State) -> State:
+    """T5's names in GGUF files -> those of transformers; others stay as they are."""
+    if "token_embd.weight" not in state:
+        return state
+    pattern = re.compile(r"(?:^|(?<=\.))(" + "|".join(map(re.escape, T5_GGUF)) + r")(?=\.)")
+    return {pattern.sub(lambda match: T5_GGUF[match[1]], name): tensor for name, tensor in state.items()}
+
+
 def autoencoder_levels(names: set[str]) -> tuple[int, int]:
     """(levels, residual blocks a level of the encoder), from the names of either layout."""
     for level, block in (("encoder.down", "block"), ("encoder.down_blocks", "resnets")):
@@ -188,14 +206,14 @@ def autoencoder_levels(names: set[str]) -> tuple[int, int]:
     return 0, 0
 
 
-def autoencoder_from_diffusers(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def autoencoder_from_diffusers(state: State) -> State:
     """`AutoencoderKL` names -> original names (empties `state`)."""
     state = from_diffusers(state, autoencoder_modules(*autoencoder_levels(set(state))))
     # Note: what diffusers keeps as linear layers are 1x1 convolutions in the original.
     return {k: v[:, :, None, None] if ".attn_1." in k and v.ndim == 2 else v for k, v in state.items()}
 
 
-def autoencoder_to_diffusers(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def autoencoder_to_diffusers(state: State) -> State:
     """Original names -> `AutoencoderKL` names."""
     modules = autoencoder_modules(*autoencoder_levels(set(state)))
     result = {}

@@ -1,0 +1,123 @@
+"""GGUF files: llama.cpp's format, in which quantised FLUX.1 transformers and T5 encoders are shared.
+
+    "GGUF", version, number of tensors, number of keys      little-endian
+    keys         name, type, value
+    tensors      name, dimensions (the innermost first), type, offset
+    data         aligned; offsets count from here
+
+The tensors stay on disk, mapped; the quantised ones stay as they are (`Packed`). A header is not trusted: every count and offset is
+checked against the file before it is used. Reference: ggml's `docs/gguf.md`; `gguf` of gguf-py.
+"""
+
+import struct
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from .blocks import BLOCKS
+from .formats import view
+from .packed import Packed, State
+
+PLAIN = {0: torch.float32, 1: torch.float16, 30: torch.bfloat16}
+KINDS = {number: (kind, numbers, size) for kind, (number, numbers, size, _) in BLOCKS.items()}
+SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}   # bytes of a value of each type
+STRING, ARRAY, UINT32 = 8, 9, 4
+MAX_TENSORS, MAX_KEYS, MAX_NAME = 65_536, 65_536, 1 << 16
+
+
+class Header:
+    """Reads the header from the front, never beyond its end."""
+
+    def __init__(self, data: np.ndarray):
+        self.data, self.place = data, 0
+
+    def take(self, count: int) -> bytes:
+        if not 0 <= count <= len(self.data) - self.place:
+            raise ValueError("it ends within its header")
+        self.place += count
+        return self.data[self.place - count:self.place].tobytes()
+
+    def number(self, form: str) -> int:
+        return struct.unpack("<" + form, self.take(struct.calcsize("<" + form)))[0]
+
+    def text(self) -> str:
+        if (length := self.number("Q")) > MAX_NAME:
+            raise ValueError(f"a name of {length:,} bytes")
+        return self.take(length).decode("utf-8", "replace")
+
+    def skip_value(self, kind: int) -> None:
+        if kind == STRING:
+            self.take(self.number("Q"))
+        elif kind == ARRAY:
+            kind, count = self.number("I"), self.number("Q")
+            if kind in SIZES:
+                self.take(count * SIZES[kind])
+            elif kind == STRING:
+                for _ in range(count):                      # each takes 8 bytes at least, so this ends with the file
+                    self.take(self.number("Q"))
+            else:
+                raise ValueError(f"an array of the unknown type {kind}")
+        else:
+            self.take(SIZES[kind])
+
+
+def read_gguf(path: Path) -> State:
+    """All tensors of a file in torch's shapes, mapped from disk: plain ones, and quantised ones as `Packed`.
+
+    Raises FileNotFoundError, or ValueError for a file that is truncated, corrupt or holds a type that is not known."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist: expected a GGUF file")
+    try:
+        data = np.memmap(path, np.uint8, mode="c") if path.stat().st_size else np.empty(0, np.uint8)
+        entries, start = read_header(Header(data))
+        return {name: read_tensor(data[start:], *entry) for name, entry in entries.items()}
+    except (ValueError, KeyError, OverflowError, struct.error) as error:
+        raise ValueError(f"{path} is not a complete GGUF file of a known kind ({str(error):.100}): download or save it again") from None
+
+
+def read_header(header: Header) -> tuple[dict[str, tuple], int]:
+    """{name: (shape, type, offset)}, and where the data begin."""
+    if header.take(4) != b"GGUF" or header.number("I") not in (2, 3):
+        raise ValueError("it does not begin with GGUF, version 2 or 3")
+    tensors, keys, alignment, entries = header.number("Q"), header.number("Q"), 32, {}
+    if tensors > MAX_TENSORS or keys > MAX_KEYS:
+        raise ValueError(f"its header claims {tensors:,} tensors and {keys:,} keys")
+    for _ in range(keys):
+        name, kind = header.text(), header.number("I")
+        if name == "general.alignment" and kind == UINT32:
+            alignment = header.number("I")
+        else:
+            header.skip_value(kind)
+    if not 1 <= alignment <= 1 << 20:
+        raise ValueError(f"its alignment is {alignment}")
+    for _ in range(tensors):
+        name, dims = header.text(), header.number("I")
+        if dims > 4 or name in entries or not name.isprintable():
+            raise ValueError(f"tensor {name!r:.60} has {dims} dimensions, or occurs twice")
+        shape = tuple(header.number("Q") for _ in range(dims))[::-1]        # Note: the innermost comes first in the file
+        entries[name] = shape, header.number("I"), header.number("Q")
+    return entries, header.place + -header.place % alignment
+
+
+def read_tensor(data: np.ndarray, shape: tuple[int, ...], kind: int, offset: int) -> torch.Tensor | Packed:
+    count = 1
+    for side in shape:
+        count *= side
+        if not 0 < side or count > 1 << 48:
+            raise ValueError(f"a tensor of the shape {str(shape):.60}")
+    if kind in PLAIN:
+        size, numbers = PLAIN[kind].itemsize, 1
+    elif kind in KINDS:
+        name, numbers, size = KINDS[kind]
+    else:
+        raise ValueError(f"a tensor of the type {kind}, which is not read here")
+    if numbers > 1 and (not shape or shape[-1] % numbers):
+        raise ValueError(f"a tensor of the shape {str(shape):.60} in blocks of {numbers}")
+    length = count // numbers * size
+    if offset + length > len(data):
+        raise ValueError("its data end too early")
+    piece = data[offset:offset + length]
+    if kind in PLAIN:
+        return view(piece, PLAIN[kind], list(shape))
+    return Packed(name, torch.Size(shape), {"q": torch.from_numpy(piece).view(count // shape[-1], -1)})
