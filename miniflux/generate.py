@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .adapters.ip_adapter import IPImage, IPImages, IPScale, image_keys_values, read_ip_images
 from .controlnet import Control, Controls, like, read_controls, residuals_of
+from .engine.modulation import modulations
 from .flux import Flux
 from .images import Pictures, to_pil
 from .latents import decode, spread
@@ -72,7 +73,8 @@ def paint(flux: Flux, prompt: Text, call: Call, *, start: Tensor | None = None, 
 
     def velocity_of(text: Prompt, pictures: str) -> Velocity:
         image_kv = ip and image_keys_values(flux, getattr(ip, pictures), ip.scales)
-        return flow(flux.mmdit, text.txt, text.vec, call.guidance, h, w, beside, after, image_kv)
+        vec = modulations(flux.mmdit, text.vec, call.guidance, ts)
+        return flow(flux.mmdit, text.txt, vec, call.guidance, h, w, beside, after, image_kv)
 
     velocity = velocity_of(text, "wanted")
     if call.true_cfg > 1 and call.negative_prompt is not None:

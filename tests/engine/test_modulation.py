@@ -1,0 +1,161 @@
+"""Modulation ahead of time. Oracle: the model without it, whose pictures are the same bit for bit; official sizes by counting."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from miniflux import add_lora, generate, image_to_image, load, remove_lora
+from miniflux.engine import modulation
+from miniflux.engine.modulation import modulations, precompute_modulation
+from miniflux.flux import Flux, FluxConfig
+from miniflux.networks.mmdit import MMDiT
+from miniflux.sampling import flow
+
+SMALL = dict(width=64, height=48, max_text_tokens=8, output="tensor", progress=False)
+
+
+@pytest.fixture(scope="module")
+def flux(small_folder):
+    return load(small_folder, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def ahead(flux):
+    return precompute_modulation(flux)
+
+
+def picture(size: int = 64) -> torch.Tensor:
+    return torch.rand(1, 3, size, size, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("keywords", [
+    dict(steps=3), dict(steps=1, guidance=1.0), dict(sigmas=[1.0, 0.6, 0.1]), dict(steps=2, num_images=3),
+    dict(steps=2, negative_prompt="an owl", true_cfg=3.0)], ids=str)
+def test_a_picture_is_the_same_bit_for_bit(flux, ahead, keywords):
+    """True CFG asks for two prompts at each step."""
+    assert torch.equal(generate(flux, ["a red apple", "two cats"], **SMALL, **keywords),
+                       generate(ahead, ["a red apple", "two cats"], **SMALL, **keywords))
+
+
+def test_in_bfloat16_too(small_folder):
+    flux = load(small_folder, device="cpu", dtype=torch.bfloat16)
+    assert torch.equal(generate(flux, "an owl", steps=3, **SMALL), generate(precompute_modulation(flux), "an owl", steps=3, **SMALL))
+
+
+def test_a_schedule_that_begins_in_the_middle_is_the_same(flux, ahead):
+    keywords = SMALL | dict(steps=5, strength=0.5)
+    assert torch.equal(*(image_to_image(model, "an owl", picture(), **keywords) for model in (flux, ahead)))
+
+
+def test_more_steps_than_are_held_at_once_are_the_same(flux, ahead, monkeypatch):
+    asked = []
+    layers, = ahead.mmdit.apart
+    layers.register_forward_pre_hook(lambda layers, inputs: asked.append(len(inputs[1])))
+    monkeypatch.setattr(modulation, "LIMIT", 5)
+    assert torch.equal(*(generate(model, "an owl", steps=7, num_images=2, **SMALL) for model in (flux, ahead)))
+    assert asked == [2, 2, 2, 1]
+
+
+def test_a_time_that_was_not_announced_is_computed_when_it_is_asked_for(flux, ahead):
+    txt, vec, x = torch.randn(2, 5, 32), torch.randn(2, 24), torch.randn(2, 16, 6, 8)
+    usual = flow(flux.mmdit, txt, vec, 3.5, 6, 8)
+    looked_up = flow(ahead.mmdit, txt, modulations(ahead.mmdit, vec, 3.5, [1.0, 0.5, 0.0]), 3.5, 6, 8)
+    for t in (1.0, 0.75, 0.5, 0.25, 1.0):
+        assert torch.equal(usual(x, t), looked_up(x, t))
+
+
+def test_the_given_model_and_the_weights_stay_as_they_are(flux, ahead):
+    assert flux.mmdit.double_blocks[0].img_mod.lin.weight is ahead.mmdit.apart[0].layers[0].lin.weight
+    assert ahead.mmdit.img_in is flux.mmdit.img_in and precompute_modulation(ahead) is ahead
+    vec = torch.randn(1, 24)
+    assert modulations(flux.mmdit, vec, 3.5, [1.0, 0.0]) is vec                 # off: nothing happens
+
+
+def test_the_transformer_of_dev_has_16_gib_without_its_modulation():
+    """In bfloat16; 11,901,408,320 parameters, of which 3,247,448,064 modulate and 32,262,144 make the vector they act on."""
+    with torch.device("meta"):
+        mmdit = MMDiT()
+    rest = precompute_modulation(Flux(None, None, None, None, mmdit, None, FluxConfig())).mmdit
+    size, without, apart = (sum(p.numel() for p in net.parameters()) for net in (mmdit, rest, *rest.apart))
+    assert (size, size - without, apart) == (11_901_408_320, 3_247_448_064 + 32_262_144, size - without)
+    assert round(2 * size / 2**30, 2) == 22.17 and 2 * without / 2**30 < 16.1
+
+
+MEASURE = """
+import gc, re, torch
+from pathlib import Path
+from miniflux.engine.modulation import modulations, precompute_modulation
+from miniflux.flux import Flux, FluxConfig
+from miniflux.networks.mmdit import MMDiT, MMDiTConfig
+from miniflux.sampling import flow
+
+def resident():
+    return 1024 * int(re.search(r"VmRSS:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+
+torch.set_grad_enabled(False)
+flux = Flux(None, None, None, None, MMDiT(MMDiTConfig(hidden_size=1024, num_heads=8, depth=2, depth_single_blocks=4)), None, FluxConfig())
+rest = precompute_modulation(flux).mmdit
+x, txt, vec = torch.randn(1, 16, 4, 4), torch.randn(1, 4, 4096), torch.randn(1, 768)
+ahead = modulations(rest, vec, 3.5, [1.0, 0.5, 0.0])
+expected = [flow(flux.mmdit, txt, vec, 3.5, 4, 4)(x, t) for t in (1.0, 0.5)]
+given = [flow(rest, txt, ahead, 3.5, 4, 4)(x, t) for t in (1.0, 0.5)]
+assert all(map(torch.equal, expected, given))
+whole = sum(p.nbytes for p in flux.mmdit.parameters())
+before = resident()
+del flux, ahead.layers, rest.apart                       # what was looked up remains
+gc.collect()
+after = resident()
+assert torch.equal(flow(rest, txt, ahead, 3.5, 4, 4)(x, 0.5), expected[1])
+print((before - after) / whole)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the resident memory from /proc")
+def test_the_modulations_memory_is_free_once_its_vectors_are_known():
+    """Of a small transformer of the official proportions, 29% with the embedders: the step runs without them."""
+    result = subprocess.run([sys.executable, "-c", MEASURE], capture_output=True, text=True, check=True)
+    assert 0.25 < float(result.stdout) < 0.35
+
+
+# ---------------------------------------------------------------------------------------------------------- with the rest
+
+
+def lora_file(path, mmdit, modules):
+    generator, state = torch.Generator().manual_seed(0), {}
+    for name in modules:
+        layer = mmdit.get_submodule(name)
+        state[f"diffusion_model.{name}.lora_A.weight"] = torch.randn(2, layer.in_features, generator=generator) / 4
+        state[f"diffusion_model.{name}.lora_B.weight"] = torch.randn(layer.out_features, 2, generator=generator) / 4
+    save_file(state, path)
+    return path
+
+
+@pytest.mark.parametrize("merge", [True, False])
+def test_loras_on_modulation_layers_are_in_what_is_computed_ahead(flux, tmp_path, merge):
+    file = lora_file(tmp_path / "a.safetensors", flux.mmdit, [
+        "double_blocks.0.img_mod.lin", "single_blocks.1.modulation.lin", "time_in.in_layer", "final_layer.adaLN_modulation.1"])
+    changed = add_lora(flux, file, merge=merge)
+    a, b = (generate(model, "an owl", steps=2, **SMALL) for model in (changed, precompute_modulation(changed)))
+    assert torch.equal(a, b) and not torch.allclose(a, generate(flux, "an owl", steps=2, **SMALL), atol=1e-3)
+
+
+def test_a_lora_on_other_layers_may_come_after_and_shares_what_is_apart(flux, ahead, tmp_path):
+    file = lora_file(tmp_path / "a.safetensors", flux.mmdit, ["double_blocks.0.img_attn.qkv"])
+    changed = add_lora(ahead, file)
+    assert torch.equal(generate(changed, "an owl", steps=2, **SMALL), generate(add_lora(flux, file), "an owl", steps=2, **SMALL))
+    assert changed.mmdit.apart[0] is ahead.mmdit.apart[0] and remove_lora(changed).mmdit is ahead.mmdit
+
+
+@pytest.mark.parametrize("layer", ["double_blocks.0.img_mod.lin", "final_layer.adaLN_modulation.1", "time_in.in_layer"])
+def test_a_lora_on_modulation_layers_that_comes_after_is_refused(flux, ahead, tmp_path, layer):
+    file = lora_file(tmp_path / "a.safetensors", flux.mmdit, [layer])
+    with pytest.raises(ValueError, match="modulation of this transformer is apart from it: add LoRAs of its layers before"):
+        add_lora(ahead, file)
+
+
+def test_a_plain_vector_is_refused_in_one_sentence(ahead):
+    with pytest.raises(ValueError, match="this transformer's modulation is apart: give it modulations"):
+        flow(ahead.mmdit, torch.randn(1, 5, 32), torch.randn(1, 24), 3.5, 6, 8)(torch.randn(1, 16, 6, 8), 1.0)
