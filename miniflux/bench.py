@@ -8,6 +8,7 @@
     load          peak memory of loading, as a multiple of the checkpoint
     tasks         a step of each task beside one of generate
     lora          merging a LoRA into a block of FLUX.1's size, beside reading its file and copying the weights
+    quantize      memory, a step and what the judge of the tiny world says, for each format
     tokenizers    a prompt of 512 tokens
 
 The peer needs `pip install diffusers transformers`.
@@ -36,6 +37,7 @@ from .adapters.lora import add_lora
 from .checkpoints.formats import read_safetensors
 from .cli import Parser
 from .control import control
+from .engine.quantize import FORMATS, quantize
 from .fill import fill
 from .flux import Flux, FluxConfig, find_source, load
 from .generate import generate
@@ -216,6 +218,32 @@ def bench_lora(_: str) -> None:
     print(f"{'peak memory, touched weights':36} {peak / 2**20:8.0f} MiB {size / 2**20:8.0f} MiB {peak / size:7.2f}x")
 
 
+def bench_quantize(source: str) -> None:
+    """The model's own step and pictures, and a product at FLUX.1's width, 3072 x 12288, for 1,024 tokens."""
+    from .tiny.evaluate import evaluate, held_out_prompts
+
+    flux, prompts = load(source, device="cpu"), held_out_prompts(50, 0)
+    torch.manual_seed(0)
+    x, weight = torch.randn(1024, 3072), torch.randn(12288, 3072) / 55
+    forms: dict[str, tuple[Flux, Callable]] = {"float32": (flux, lambda: nn.functional.linear(x, weight))}
+    for form, (pack, _, kind) in FORMATS.items():
+        layer = kind(pack(weight), torch.float32, weight.device)
+        error = (layer(x) - x @ weight.t()).norm() / (x @ weight.t()).norm()
+        assert error < 0.12, f"{form} is off by {error}"
+        forms[form] = quantize(flux, form), partial(layer, x)
+    exact = generate(flux, PROMPT, output="tensor", progress=False)
+    times = medians(*(product for _, product in forms.values()), runs=5)
+    steps = medians(*(partial(generate, model, PROMPT, steps=n, output="latents", progress=False) for model, _ in forms.values()
+                      for n in (1, 15)), runs=7)
+    print(f"\n{'format':14} {'transformer':>12} {'a step':>9} {'3072 -> 12288':>15} {'difference':>11} {'object right':>13} {'ground':>8}")
+    for i, (form, (model, _)) in enumerate(forms.items()):
+        size = sum(t.numel() * t.dtype.itemsize for t in (*model.mmdit.parameters(), *model.mmdit.buffers()))
+        off = (generate(model, PROMPT, output="tensor", progress=False) - exact).abs().mean()
+        rates = evaluate(model, prompts).painted
+        print(f"{form:14} {size / 2**20:8.1f} MiB {1e3 * (steps[2 * i + 1] - steps[2 * i]) / 14:6.1f} ms {1e3 * times[i]:12.0f} ms {off:11.4f} "
+              f"{rates.object:13.0%} {rates.ground:8.0%}")
+
+
 def bench_tokenizers(source: str) -> None:
     flux = load(source, device="cpu")
     print(f"\n{'a prompt of 512 tokens':36} {'miniflux':>12}")
@@ -226,7 +254,7 @@ def bench_tokenizers(source: str) -> None:
 
 
 BENCHES = {"picture": bench_picture, "cold": bench_cold, "load": bench_load, "tasks": bench_tasks,
-           "lora": bench_lora, "tokenizers": bench_tokenizers}
+           "lora": bench_lora, "quantize": bench_quantize, "tokenizers": bench_tokenizers}
 
 
 def main() -> None:

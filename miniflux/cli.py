@@ -19,6 +19,7 @@ from . import __version__
 from .adapters.ip_adapter import add_ip_adapter
 from .adapters.lora import add_lora
 from .controlnet import MODES, Control, load_controlnet
+from .engine.quantize import FORMATS, quantize
 from .flux import Flux, list_models, load
 from .images import check_output, number, save, strip, to_pil
 from .info import marks, spell
@@ -64,6 +65,7 @@ def parser(task: str, description: str, prompt: bool = True) -> Parser:
     p.add_argument("--true-cfg", type=float, default=1.0, help="scale of two-pass guidance (default 1.0: off)")
     p.add_argument("--sigmas", type=float, nargs="+", help="own falling times in (0, 1], not --steps (default: even)")
     p.add_argument("--max-text-tokens", type=int, help="T5 tokens the prompt is padded to (default: the model's)")
+    p.add_argument("--quantize", choices=FORMATS, help="weights in fewer bits (default: as they are)")
     p.add_argument("--lora", nargs="+", default=[], metavar="FILE", help="LoRA files to add (default: none)")
     p.add_argument("--lora-scales", type=float, nargs="+", metavar="SCALE", help="how strongly each of them acts (default: 1)")
     p.add_argument("--device", help="cuda, mps, cpu (default: the first of these there is)")
@@ -216,7 +218,8 @@ def lora_scales(args: argparse.Namespace) -> list[float]:
 
 
 def adapt(flux: Flux, args: argparse.Namespace) -> Flux:
-    """The model with the LoRAs and IP-Adapters that the flags name."""
+    """The model as the flags want it: quantised, with LoRAs and IP-Adapters."""
+    flux = quantize(flux, args.quantize) if args.quantize else flux
     for file, scale in zip(args.lora, lora_scales(args)):
         flux = add_lora(flux, file, scale)
     for file in getattr(args, "ip_adapter", None) or []:

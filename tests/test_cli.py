@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from miniflux import add_lora, cli, generate, load
+from miniflux import add_lora, cli, generate, load, quantize
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +59,13 @@ def test_loras_are_added_and_written_down(folder, tmp_path):
     expected, = generate(flux, "a red apple", width=32, height=48, steps=1, max_text_tokens=8)
     with Image.open(tmp_path / "a.png") as picture:
         assert picture.tobytes() == expected.tobytes() and picture.text["lora"].endswith("b.safetensors 2")
+
+
+def test_a_model_is_quantised(folder, tmp_path):
+    run(folder, "--steps", "1", "--quantize", "int8", "--output", str(tmp_path / "a.png"), "--quiet")
+    expected, = generate(quantize(load(folder, device="cpu"), "int8"), "a red apple", width=32, height=48, steps=1, max_text_tokens=8)
+    with Image.open(tmp_path / "a.png") as picture:
+        assert picture.tobytes() == expected.tobytes()
 
 
 @pytest.mark.parametrize("arguments, sentence", [

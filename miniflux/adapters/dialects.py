@@ -113,15 +113,15 @@ class Delta:
             return None
         return (swap_halves(bias) if self.target.swapped else bias).to(like.device, torch.float32)
 
-    def apply(self, x: Tensor, y: Tensor, weight: Tensor, scale: float) -> Tensor:
+    def apply(self, x: Tensor, y: Tensor, layer: nn.Linear, scale: float) -> Tensor:
         """The layer's output y (..., out) for the input x (..., in) with this change added; for LoRA by two small products."""
         if "A" in self.factors and "dora" not in self.factors:
             a = self.factors["A"]
             change = nn.functional.linear(nn.functional.linear(x[..., :a.shape[1]], a), self.factors["B"]) * self.scale
             change = torch.cat(change.chunk(2, dim=-1)[::-1], dim=-1) if self.target.swapped else change
         else:
-            change = nn.functional.linear(x, self.of_weight(weight).to(x.dtype))
-        if (bias := self.of_bias(weight)) is not None:
+            change = nn.functional.linear(x, self.of_weight(layer.weight).to(x.dtype))
+        if (bias := self.of_bias(y)) is not None:
             change = change + bias.to(x.dtype)
         start, stop = self.target.rows or (0, y.shape[-1])
         return torch.cat([y[..., :start], y[..., start:stop] + scale * change, y[..., stop:]], dim=-1)

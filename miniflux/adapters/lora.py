@@ -58,7 +58,7 @@ def add_lora(flux: Flux, path: str | Path, scale: float = 1.0, name: str | None 
 
     path: a safetensors file of any dialect (`dialects.py` lists them), or a folder that diffusers or PEFT wrote. scale: how
     strongly it acts; 0 changes nothing. name: to scale or remove it by (default: the file's). merge: whether the weights are
-    changed, or each layer's output. strict: whether a tensor that belongs nowhere is an error.
+    changed, or each layer's output (as always where the weights are quantised). strict: whether a tensor that belongs nowhere is an error.
 
     Raises FileNotFoundError for what is not there; ValueError for a file that is damaged, of another model, or not understood, and
     for a name that is used twice. The given model stays as it is."""
@@ -136,14 +136,17 @@ def changed_module(module: nn.Module, changes: list[tuple[Delta, LoRA]]) -> nn.M
     if not isinstance(module, nn.Linear):                   # a norm's scale is replaced, whatever the LoRA's own scale
         module.scale = frozen(changes[-1][0].factors["value"].to(module.scale))
         return module
-    merged = [(delta, lora.scale) for delta, lora in changes if lora.merge and lora.scale]
     wide = max((delta.shape[1] for delta, _ in changes if delta.shape), default=0)
-    keeps_packed = isinstance(module, PackedLinear) and not merged and wide <= module.in_features
-    layer = LoRAPackedLinear.like(module) if keeps_packed else LoRALinear.like(module, wide)
+    # Note: beside a packed weight all changes stay beside it: to be merged into, it would have to be unpacked for good.
+    is_packed = isinstance(module, PackedLinear) and wide <= module.in_features
+    layer = LoRAPackedLinear.like(module) if is_packed else LoRALinear.like(module, wide)
+    merged = [(delta, lora.scale) for delta, lora in changes if lora.merge and lora.scale and not is_packed]
     if merged:
         base = layer.weight
         layer.weight, layer.bias = frozen(merged_weight(base, merged)), merged_bias(base, layer.bias, merged)
-    layer.beside = [(delta.to(layer.weight), lora.scale) for delta, lora in changes if not lora.merge and lora.scale]
+    beside = [(delta, lora.scale) for delta, lora in changes if lora.scale and (is_packed or not lora.merge)]
+    weight = layer.weight if beside else None
+    layer.beside = [(delta.to(weight), scale) for delta, scale in beside]
     return layer
 
 
@@ -186,29 +189,30 @@ class LoRALinear(nn.Linear):
         weight = linear.weight
         if layer.in_features > linear.in_features:
             weight = frozen(nn.functional.pad(weight, (0, layer.in_features - linear.in_features)))
-        # Note: a packed weight that is to be changed has to be unpacked for good.
         layer.weight, layer.bias = weight if isinstance(weight, nn.Parameter) else frozen(weight), linear.bias
         return layer.train(linear.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight
-        y = nn.functional.linear(x, weight, self.bias)
+        y = super().forward(x)
         for delta, scale in self.beside:
-            y = delta.apply(x, y, weight, scale)
+            y = delta.apply(x, y, self, scale)
         return y
 
 
 class LoRAPackedLinear(PackedLinear):
-    """The same beside a weight that stays packed."""
-
-    beside: list[tuple[Delta, float]] = []
-    forward = LoRALinear.forward
+    """The same beside a weight that stays packed, and is computed with as before."""
 
     @classmethod
     def like(cls, linear: PackedLinear) -> "LoRAPackedLinear":
         layer = cls(linear.packed, linear.dtype, linear.q.device)
-        layer.bias = linear.bias
+        layer.bias, layer.before = linear.bias, type(linear).forward
         return layer.train(linear.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.before(self, x)
+        for delta, scale in self.beside:
+            y = delta.apply(x, y, self, scale)
+        return y
 
 
 # -------------------------------------------------------------------------------------------------------------- reading

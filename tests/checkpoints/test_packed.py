@@ -15,7 +15,7 @@ from reference import small_pipeline, t5, t5_state, transformer
 from safetensors.torch import save_file
 from torch import Tensor
 
-from miniflux import add_lora, generate, load
+from miniflux import add_lora, generate, load, remove_lora
 from miniflux.checkpoints.blocks import BLOCKS
 from miniflux.checkpoints.gguf import read_gguf
 from miniflux.checkpoints.layouts import load_mmdit, load_t5
@@ -306,7 +306,7 @@ def test_a_single_file_with_a_whole_model_is_loaded(tmp_path):
 
 
 def test_a_lora_changes_a_packed_model_and_goes_again(tmp_path):
-    """Merged, the touched weights become plain; beside, they stay packed."""
+    """Its changes stay beside the packed weights, whether they were to be merged or not."""
     folder = small_pipeline(tmp_path / "flux")
     state = {name: tensor.to(torch.float8_e4m3fn) if tensor.ndim == 2 else tensor
              for name, tensor in mmdit_from_diffusers(transformer().state_dict()).items()}
@@ -321,4 +321,5 @@ def test_a_lora_changes_a_packed_model_and_goes_again(tmp_path):
     merged, beside = add_lora(flux, tmp_path / "lora.safetensors"), add_lora(flux, tmp_path / "lora.safetensors", merge=False)
     assert not torch.allclose(paint(merged), paint(flux), atol=1e-3)
     assert (paint(merged) - paint(beside)).abs().max() < 1e-4 * paint(merged).abs().max()
-    assert isinstance(beside.mmdit.img_in, PackedLinear)
+    assert isinstance(merged.mmdit.txt_in, PackedLinear) and isinstance(merged.mmdit.img_in, PackedLinear)
+    assert torch.equal(paint(remove_lora(merged)), paint(flux))
