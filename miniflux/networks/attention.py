@@ -11,7 +11,9 @@ Shapes: qkv (B, S, 3, H, D) as the linear layer leaves it, with S = L text token
 (B, S, H·D). The same in plain C++: `csrc/reference.cpp`. Reference: `src/flux/math.py` of the original FLUX.1 repository.
 """
 
+from collections.abc import Callable
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -100,6 +102,20 @@ def attention_backend(name: str):
         _backend = previous
 
 
+_through: Callable | None = None
+
+
+@contextmanager
+def attention_through(function: Callable | None):
+    """Within it, each attention(qkv, pe, image, text, L) is function(attention, qkv, pe, image, text, L): for what lies elsewhere."""
+    global _through
+    previous, _through = _through, function
+    try:
+        yield
+    finally:
+        _through = previous
+
+
 def choose(qkv: Tensor, gradients: bool) -> str:
     """The fastest backend for these tensors."""
     if qkv.device.type == "mps":
@@ -116,6 +132,9 @@ def attention(qkv: Tensor, pe: Tensor, image: Tensor, text: Tensor | None = None
 
     `image` (2, D) scales queries and keys, `text` those of the first L tokens. `backend`: see `attention_backend`, whose is the
     default. Wrong shapes, and a backend that cannot do it, are a ValueError. qkv may be overwritten."""
+    if (through := _through) is not None:
+        with attention_through(None):
+            return through(partial(attention, backend=backend), qkv, pe, image, text, L)
     text = image if text is None else text
     name = backend or _backend
     check(qkv, pe, image, text, L, name)

@@ -1,0 +1,206 @@
+"""One call over several processes: its pictures, or the tokens of each picture, are divided among them.
+
+    torchrun --nproc-per-node 4 -m miniflux.generate "a fox" --model dev
+
+    if process() >= 0: flux = distribute(flux)              in one's own script, started by torchrun
+
+Pictures that divide evenly among the N processes are painted N at a time, each process its share. Otherwise each process has a
+share of the text and image tokens (DeepSpeed-Ulysses, Jacobs et al. 2023, arXiv:2309.14509). All that is done token by token needs no
+other process; only attention does, and for it tokens are exchanged for heads:
+
+    my tokens, all heads   -- all to all -->   all tokens, my heads   -- attention -- all to all -->   my tokens, all heads
+
+With shard=True each process keeps 1/N of every block's weights, and a block is put together when it is needed (FSDP).
+
+Every process gets the same result; the commands let only the first one write and speak. Seam: model -> model.
+"""
+
+import copy
+import math
+import os
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+from ..flux import Flux
+from ..networks.attention import attention_through
+from ..networks.mmdit import KeysValues
+from .around import around, with_parts
+
+_shared = False                                             # whether this process computes a share of a step just now
+_store = None                                               # where the processes leave notes for each other
+
+
+# ---------------------------------------------------------------------------------------------------------- the processes
+
+
+def asked_for() -> bool:
+    """Whether torchrun started this process as one of several."""
+    return int(os.environ.get("WORLD_SIZE", 1)) > 1
+
+
+def start(device: str | None = None) -> torch.device:
+    """Joins the processes that torchrun started; returns this process's device: its own GPU, or the CPU."""
+    global _store
+    cuda = torch.cuda.is_available() if device is None else str(device).startswith("cuda")
+    here = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    if device not in (None, "cpu", "cuda"):
+        raise ValueError(f"the device is {device!r}: with several processes, expected cuda, of which each has its own, or cpu")
+    if cuda:
+        torch.cuda.set_device(here)
+    _store, rank, size = next(dist.rendezvous("env://"))
+    dist.init_process_group("nccl" if cuda else "gloo", store=_store, rank=rank, world_size=size)
+    return here
+
+
+def fails_first() -> bool:
+    """Whether no other process has failed before this one: the others fail because of the first, which says why."""
+    try:
+        return _store is None or _store.add("failed", 1) == 1
+    except RuntimeError:
+        return True
+
+
+@contextmanager
+def together():
+    """What fails within because another process is gone becomes one sentence."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise ConnectionError(f"another process of this run has ended ({' '.join(str(error).split())[:120]}): see what it said, "
+                              "and start all of them again") from None
+
+
+@contextmanager
+def shared():
+    """While this process computes its share of a step."""
+    global _shared
+    _shared = True
+    try:
+        yield
+    finally:
+        _shared = False
+
+
+def add_up(x: Tensor) -> Tensor:
+    """The sum over the shares of all processes; x itself outside of a shared step."""
+    if _shared:
+        with together():
+            dist.all_reduce(x)
+    return x
+
+
+def exchange(parts: Sequence[Tensor], shapes: Sequence[Sequence[int]]) -> list[Tensor]:
+    """parts[r] goes to process r, from which a tensor of the shape shapes[r] comes back."""
+    sizes = [math.prod(shape) for shape in shapes]
+    received = parts[0].new_empty(sum(sizes))
+    with together():
+        dist.all_to_all_single(received, torch.cat([part.flatten() for part in parts]), sizes, [part.numel() for part in parts])
+    return [part.view(shape) for part, shape in zip(received.split(sizes), shapes)]
+
+
+# ------------------------------------------------------------------------------------------------------------- the model
+
+
+def distribute(flux: Flux, shard: bool = False) -> Flux:
+    """The model whose transformer and decoder share their work with those of the other processes.
+
+    shard: each process keeps only its part of the weights of the transformer's and T5's blocks. Raises ValueError outside of several
+    processes, and when painting with more processes than the transformer has heads. LoRAs and caches come before."""
+    if not dist.is_initialized():
+        raise ValueError("there is one process only: start with `torchrun --nproc-per-node N`, and call start() before")
+    if hasattr(flux.mmdit, "distributed"):
+        raise ValueError("this model is distributed already")
+    if dist.get_world_size() == 1:
+        return flux
+    if shard:
+        flux = replace(flux, mmdit=sharded(flux.mmdit, "double_blocks", "single_blocks"), t5=sharded(flux.t5, "encoder.block") if flux.t5 else None)
+    mmdit, autoencoder = around(flux.mmdit, Shares()), flux.autoencoder
+    mmdit.distributed = True
+    if autoencoder is not None:
+        autoencoder = with_parts(autoencoder, decoder=around(autoencoder.decoder, decode_share))
+    return replace(flux, mmdit=mmdit, autoencoder=autoencoder)
+
+
+def even(n: int) -> list[int]:
+    """The sizes of the processes' shares of n things: they differ by one at most."""
+    size = dist.get_world_size()
+    return [n // size + (rank < n % size) for rank in range(size)]
+
+
+def share(x: Tensor | None, dim: int) -> Tensor | None:
+    """This process's share of x."""
+    return None if x is None else x.split(even(x.shape[dim]), dim)[dist.get_rank()]
+
+
+def gather(x: Tensor, n: int, dim: int) -> Tensor:
+    """The whole whose shares the processes have; n: its size."""
+    return torch.cat(exchange([x] * dist.get_world_size(), [(*x.shape[:dim], size, *x.shape[dim + 1:]) for size in even(n)]), dim)
+
+
+def decode_share(call, z: Tensor) -> Tensor:
+    if len(z) % dist.get_world_size():
+        return call(z)
+    return gather(call(share(z, 0)), len(z), 0)
+
+
+class Shares:
+    """The transformer's forward: this process's share of the pictures, or of the tokens; then the whole velocity."""
+
+    def __init__(self):
+        self.vecs = WeakIdKeyDictionary()
+
+    def __call__(self, call, img: Tensor, txt: Tensor, vec: Tensor, t: Tensor, guidance: Tensor | None, img_ids: Tensor, txt_ids: Tensor,
+                 residuals: Sequence[Tensor | None] | None = None, image_kv: Sequence[KeysValues] | None = None) -> Tensor:
+        B, N = img.shape[:2]
+        if B % dist.get_world_size() == 0 and isinstance(vec, Tensor):           # modulation ahead of time is that of all pictures
+            # Note: the same tensor at each step, by which caches know their stream.
+            mine = self.vecs.setdefault(vec, share(vec, 0))
+            image_kv = image_kv and [[(k, v) if len(k) == 1 else (share(k, 0), share(v, 0)) for k, v in kv] for kv in image_kv]
+            with shared():
+                v = call(share(img, 0), share(txt, 0), mine, share(t, 0), share(guidance, 0), img_ids, txt_ids,
+                         residuals and [share(residual, 0) for residual in residuals], image_kv)
+            return gather(v, B, 0)
+        # Note: the positions of all tokens, since attention sees all of them.
+        with shared(), attention_through(partial(ulysses, even(txt.shape[1]), even(N))):
+            v = call(share(img, 1), share(txt, 1), vec, t, guidance, img_ids, txt_ids,
+                     residuals and [share(residual, 1) for residual in residuals], image_kv)
+        return gather(v, N, 1)
+
+
+def ulysses(text: list[int], image: list[int], attention: Callable, qkv: Tensor, pe: Tensor, image_scale: Tensor,
+            text_scale: Tensor | None, _: int) -> Tensor:
+    """The attention of all tokens for those of this process: qkv (B, S, 3, H, D) -> (B, S, H·D); text, image: how many of them each
+    process has."""
+    B, S, _, H, D = qkv.shape
+    if H < len(text):
+        raise ValueError(f"the {H} heads of this transformer cannot be divided among {len(text)} processes: start at most {H}, "
+                         f"or paint a multiple of {len(text)} pictures at once")
+    heads, L = even(H), sum(text)
+    mine = heads[dist.get_rank()]
+    received = exchange(qkv.split(heads, 3), [(B, l + n, 3, mine, D) for l, n in zip(text, image)])
+    # Note: text tokens come before image tokens; each process's share begins with its text.
+    texts, images = zip(*(part.split([l, n], 1) for part, l, n in zip(received, text, image)))
+    x = attention(torch.cat([*texts, *images], dim=1), pe, image_scale, text_scale, 0 if text_scale is None else L)
+    shares = zip(x[:, :L].split(text, 1), x[:, L:].split(image, 1))             # x (B, L+N, mine · D)
+    return torch.cat(exchange([torch.cat(pair, dim=1) for pair in shares], [(B, S, h * D) for h in heads]), dim=-1)
+
+
+def sharded(network: nn.Module, *lists: str) -> nn.Module:
+    """A copy of a network whose blocks, but the first of each list, keep only a share of their weights between their calls."""
+    from torch.distributed.fsdp import fully_shard
+
+    network = copy.deepcopy(network, memo={id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())})
+    # Note: T5 looks up its biases in the weights of its first block before that is called, so first blocks stay whole.
+    for block in (block for name in lists for block in network.get_submodule(name)[1:]):
+        for module in block.modules():
+            for name, weight in module.named_parameters(recurse=False):         # Note: FSDP takes contiguous weights only
+                setattr(module, name, nn.Parameter(weight.data.contiguous(), requires_grad=False))
+        fully_shard(block, reshard_after_forward=True)
+    return network
