@@ -1,0 +1,369 @@
+"""Offloading. Oracles: the model without it, whose pictures are the same bit for bit; the meta device in the place of a GPU, which
+shows what lies where; a made-up CUDA that writes down what happens in which order; the system's own count of resident memory."""
+
+import contextlib
+import copy
+import json
+import subprocess
+import sys
+import types
+
+import pytest
+import torch
+from reference import small_pipeline
+from safetensors.torch import save_file
+from torch import nn
+
+from miniflux import add_lora, generate, image_to_image, load
+from miniflux.checkpoints.formats import read_safetensors
+from miniflux.checkpoints.packed import PackedLinear
+from miniflux.engine import offload as module
+from miniflux.engine.modulation import Ahead
+from miniflux.engine.offload import MODES, Turns, change_networks, is_within, mapped_ranges, offload, slots, spill, takers
+from miniflux.engine.quantize import quantize
+from miniflux.engine.tiling import tile
+from miniflux.networks.mmdit import MMDiT, MMDiTConfig
+from miniflux.prompt import encode_prompt
+
+SMALL = dict(width=64, height=48, steps=2, max_text_tokens=8, output="tensor", progress=False)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return small_pipeline(tmp_path_factory.mktemp("offload") / "flux", layers=(2, 3))
+
+
+@pytest.fixture(scope="module")
+def flux(folder):
+    return load(folder, device="cpu")
+
+
+@pytest.fixture(autouse=True)
+def in_proportion(monkeypatch):
+    """The small model has few tensors as large as those that would go."""
+    monkeypatch.setattr(module, "SMALL", 1000)
+
+
+def networks(flux):
+    found = []
+    change_networks(flux, lambda network: found.append(network) or network)
+    return [*found, *getattr(flux.mmdit, "apart", ())]
+
+
+def devices(part) -> set[str]:
+    """Where the large tensors of a part are; of the transformer, those of its blocks."""
+    parts = [part.double_blocks, part.single_blocks] if isinstance(part, MMDiT) else [part]
+    return {tensor.device.type for part in parts for *_, tensor in slots(part) if tensor.numel() > module.SMALL}
+
+
+# --------------------------------------------------------------------------------------------------------- the same picture
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_picture_is_the_same_bit_for_bit(flux, mode):
+    offloaded = offload(flux, "cpu", mode)
+    keywords = SMALL | dict(negative_prompt="an owl", true_cfg=2.0)
+    for _ in range(2):                                                          # the second call finds what the first has left
+        assert torch.equal(generate(offloaded, "a red apple", **keywords), generate(flux, "a red apple", **keywords))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_parts_that_are_converted_as_they_come_give_the_picture_of_a_model_that_was_loaded_so(folder, tmp_path, mode):
+    """From bfloat16 to float32, in which all of its numbers are exact."""
+    stored = change_networks(load(folder, device="cpu"), lambda network: network.bfloat16().requires_grad_(False))
+    expected = change_networks(load(folder, device="cpu"), lambda network: network.bfloat16().float().requires_grad_(False))
+    offloaded = offload(stored, "cpu", mode, dtype=torch.float32)
+    a, b = (generate(model, "a red apple", **SMALL) for model in (offloaded, expected))
+    assert a.dtype == torch.float32 and torch.allclose(a, b, atol=1e-5)
+    assert encode_prompt(offloaded, "a red apple", 8).txt.dtype == torch.float32
+
+
+def test_the_given_model_stays_as_it_is(flux):
+    before = [[(name, id(tensor)) for _, name, tensor in slots(network)] for network in networks(flux)]
+    for mode in MODES:
+        generate(offload(flux, "cpu", mode, dtype=torch.bfloat16), "an owl", **SMALL)
+        offload(flux, "meta", mode)
+    assert before == [[(name, id(tensor)) for _, name, tensor in slots(network)] for network in networks(flux)]
+    assert not any(network._forward_pre_hooks for network in networks(flux))
+
+
+def test_an_interrupted_call_leaves_a_model_that_works(flux):
+    def stop(step, t, x):
+        raise KeyboardInterrupt
+
+    offloaded = offload(flux, "cpu", "block", dtype=torch.bfloat16)
+    expected = generate(offloaded, "an owl", **SMALL)
+    with pytest.raises(KeyboardInterrupt):
+        generate(offloaded, "an owl", **SMALL, on_step=stop)
+    assert torch.equal(generate(offloaded, "an owl", **SMALL), expected)
+
+
+# ------------------------------------------------------------------------------------------------------------- what lies where
+
+
+@pytest.fixture
+def without_numbers(monkeypatch):
+    """A tensor on meta cannot say which time it is: each row is computed when it is asked for."""
+    monkeypatch.setattr(Ahead, "at", lambda self, t: self.layers(self.vec, [t], self.guidance)[0])
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_one_part_at_a_time_is_on_the_device(flux, mode, without_numbers):
+    """The device is meta, on which the networks run without numbers. Beside the part there is at most one modulation layer."""
+    offloaded, seen = offload(flux, "meta", mode), {}
+    parts = [[part for network in group for part in takers(network, mode)]
+             for group in (networks(offloaded)[:-1], networks(offloaded)[-1:])]
+    for group in parts:
+        for part in group:
+            part.register_forward_pre_hook(lambda part, inputs, group=group: seen.update({
+                part: [other for other in group if "meta" in devices(other)]}))
+    z = generate(offloaded, "an owl", **SMALL | dict(output="latents"))
+    assert z.device.type == "meta"
+    offloaded.autoencoder.decode(z)
+    assert all(here in ([part], []) for part, here in seen.items()), "a part runs while another one is there"
+    assert sum(len(here) for here in seen.values()) > 5 and {*sum(parts, [])} - {*seen} == {offloaded.autoencoder.encoder}
+    assert all(devices(network) == {"cpu"} for network in networks(offloaded) if network is not offloaded.autoencoder)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_what_is_small_stays_on_the_device_and_tells_where_the_model_is(flux, mode):
+    offloaded = offload(flux, "meta", mode, dtype=torch.bfloat16)
+    weight = offloaded.mmdit.img_in.weight
+    assert (weight.device.type, weight.dtype) == ("meta", torch.bfloat16)
+    bias = offloaded.t5.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight
+    scale = offloaded.mmdit.double_blocks[0].img_attn.norm.query_norm.scale
+    assert bias.device.type == scale.device.type == next(offloaded.autoencoder.parameters()).device.type == "meta"
+    assert devices(offloaded.mmdit.double_blocks[0]) == {"cpu"}
+
+
+# ---------------------------------------------------------------------------------------------------------------- with CUDA
+
+
+class MadeUpCUDA:
+    """Streams and events that only write down what is asked of them, with their number in the log."""
+
+    def __init__(self, monkeypatch):
+        log = self.log = []
+
+        class Stream:
+            def __init__(self, device=None, name="copies"):
+                self.name = name
+
+            def wait_stream(self, other):
+                log.append(("wait", self.name, other.name))
+
+        class Event:
+            def record(self, stream):
+                self.number = len(log)
+                log.append(("record", stream.name))
+
+            def synchronize(self):
+                log.append(("synchronize", self.number))
+
+        for name, value in {"Stream": Stream, "Event": Event, "stream": lambda chosen: contextlib.nullcontext(),
+                            "current_stream": lambda device: Stream(name="compute"),
+                            "synchronize": lambda device: log.append(("synchronize", "all"))}.items():
+            monkeypatch.setattr(torch.cuda, name, value)
+
+
+def test_with_cuda_the_next_block_is_copied_while_the_present_one_computes(flux, monkeypatch, without_numbers):
+    """meta plays the GPU. At most two blocks are there; a block's copy begins after the block before has been started, on the stream of
+    the copies, after the block before that one has finished; and nothing computes before its copy has arrived."""
+    log = MadeUpCUDA(monkeypatch).log
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self.clone())
+    monkeypatch.setattr(module, "find_device", lambda name: types.SimpleNamespace(type="cuda"))
+    come = Turns.come
+    monkeypatch.setattr(Turns, "copy", lambda self, place, tensor: tensor.to("meta"))
+    monkeypatch.setattr(Turns, "to_device", lambda self, value: meta(value))
+
+    def spy(self, part):
+        if part in blocks:
+            log.append(("copy", blocks.index(part)))
+        come(self, part)
+
+    monkeypatch.setattr(Turns, "come", spy)
+    blocks: list = []
+    offloaded = offload(flux, "cuda", "block")
+    blocks += [*offloaded.mmdit.double_blocks, *offloaded.mmdit.single_blocks]
+    for i, block in enumerate(blocks):
+        block.register_forward_pre_hook(lambda block, inputs, i=i: log.append(
+            ("run", i, [j for j, other in enumerate(blocks) if "meta" in devices(other)])))
+    generate(offloaded, "an owl", **SMALL | dict(output="latents"))
+
+    story = [entry for entry in log if entry[0] in ("copy", "run")]
+    runs, last = [entry for entry in story if entry[0] == "run"], len(blocks) - 1
+    assert [entry[1] for entry in runs] == 2 * list(range(last + 1))
+    # Only the first one of all is not on its way before it is called; each other one is, while the one before computes.
+    assert story[:2] == [("copy", 0), ("run", 0, [0])]
+    assert [entry[:2] for entry in story[2:]] == [pair for i in [*range(1, last + 1), *range(last + 1)]
+                                                  for pair in (("copy", i), ("run", i))] + [("copy", 0)]
+    assert all(here == sorted({i, (i - 1) % len(blocks)} & {*here}) and i in here for _, i, here in runs)
+    for entry in runs[1:]:
+        place = log.index(entry)
+        before = log[:place]
+        assert before[-1] == ("wait", "compute", "copies")                      # its copy has arrived
+    for place, entry in enumerate(log):
+        if entry[0] == "copy" and place > log.index(runs[1]):
+            recorded, synchronized = log[place - 2:place]
+            assert recorded == ("record", "compute") and synchronized[0] == "synchronize" and synchronized[1] < place - 2
+
+
+def meta(value):
+    return type(value)(map(meta, value)) if isinstance(value, (list, tuple)) else value.to("meta") if isinstance(value, torch.Tensor) else value
+
+
+# ------------------------------------------------------------------------------------------------------------------ pages
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the mappings from /proc")
+class TestPages:
+    def test_tensors_of_a_file_are_known_and_those_in_memory_are_not(self, tmp_path):
+        save_file({"a": torch.randn(300, 100), "b": torch.randn(300, 100)}, tmp_path / "a.safetensors")
+        tensors = read_safetensors(tmp_path / "a.safetensors", lambda name: name == "b")
+        a, b, ranges = tensors["a"], tensors["b"], mapped_ranges()
+        assert is_within(a, ranges) and is_within(b, ranges) and not is_within(torch.randn(300, 100), ranges)
+
+    def test_a_mapped_tensor_that_was_changed_is_not_given_back(self, tmp_path):
+        """The change is in memory only."""
+        save_file({"a": torch.randn(300, 100)}, tmp_path / "a.safetensors")
+        a = read_safetensors(tmp_path / "a.safetensors")["a"]
+        a[0, 0] = 5
+        assert not is_within(a, mapped_ranges())
+
+    def test_pages_that_were_given_back_are_read_again(self, tmp_path):
+        turns = Turns(torch.device("cpu"), None, True, "disk")
+        slot = ({"a": nn.Parameter(torch.randn(300, 1000), requires_grad=False)}, "a")
+        before = slot[0]["a"].clone()
+        turns.map([(*slot, slot[0]["a"])])
+        turns.give_back(slot[0]["a"])
+        assert torch.equal(slot[0]["a"], before) and slot[0]["a"].data_ptr() in turns.mapped
+
+    def test_memory_that_is_not_mapped_is_never_given_back(self):
+        turns, a = Turns(torch.device("cpu"), None, True, "disk"), torch.ones(300, 1000)
+        turns.give_back(a)
+        assert a.sum() == 300_000
+
+
+@pytest.mark.parametrize("tensor", [
+    torch.randn(30, 50), torch.randn(50, 30).t(), torch.randn(7, dtype=torch.bfloat16), torch.randn(4, 3, 3, 3)[:, ::2],
+    torch.randint(0, 255, (5, 9), dtype=torch.uint8), torch.randn(3, 5).to(torch.float8_e4m3fn)], ids=lambda t: f"{t.dtype}{list(t.shape)}")
+def test_spilled_tensors_have_the_same_numbers_and_the_same_order_in_memory(tensor):
+    first, mapped = spill([torch.ones(3), tensor])
+    assert torch.equal(mapped.float(), tensor.float()) and mapped.dtype == tensor.dtype and torch.equal(first, torch.ones(3))
+    assert mapped.stride() == tensor.stride() or not tensor.is_contiguous() and tensor.ndim == 4
+
+
+def test_too_little_disk_for_what_is_not_in_a_file_is_said_in_one_sentence(flux, monkeypatch):
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda folder: types.SimpleNamespace(free=1000))
+    with pytest.raises(ValueError, match="of this model are not in a file as they are, and .* has 0.0 GB free: set TMPDIR"):
+        offload(flux, "cpu", "disk")
+
+
+MEASURE = """
+import json, re, sys, torch
+from pathlib import Path
+from miniflux.checkpoints.layouts import load_mmdit
+from miniflux.engine.offload import offload
+from miniflux.flux import Flux, FluxConfig
+from miniflux import Prompt, generate
+
+def kib(field):
+    return int(re.search(field + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+
+before = kib("VmRSS")
+mmdit = load_mmdit(Path(sys.argv[1]), "cpu", torch.bfloat16)
+flux = Flux(None, None, None, None, mmdit, None, FluxConfig())
+prompt = Prompt(torch.randn(1, 8, 64), torch.randn(1, 24))
+if sys.argv[2] == "disk":
+    flux = offload(flux, "cpu", "disk", dtype=getattr(torch, sys.argv[3]))
+z = generate(flux, prompt, width=64, height=64, steps=2, output="latents", progress=False)
+assert z.isfinite().all()
+print(json.dumps([1024 * (kib("VmHWM") - before), 1024 * (kib("VmRSS") - before)]))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the resident memory from /proc")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_from_disk_a_few_blocks_are_in_memory_and_not_the_model(tmp_path, dtype):
+    """A transformer of 12 blocks, 318 MB in bfloat16; a double block without its modulation has 28 MB, in float32 57."""
+    torch.manual_seed(0)
+    config = MMDiTConfig(context_in_dim=64, vec_in_dim=24, hidden_size=768, num_heads=6, depth=4, depth_single_blocks=8)
+    save_file(MMDiT(config).bfloat16().state_dict(), tmp_path / "flux1-small.safetensors")
+    size = (tmp_path / "flux1-small.safetensors").stat().st_size
+    whole, disk = (json.loads(subprocess.run([sys.executable, "-c", MEASURE, str(tmp_path / "flux1-small.safetensors"), mode, dtype],
+                                             capture_output=True, text=True, check=True).stdout)[0] for mode in ("whole", "disk"))
+    assert whole > size                                                         # each weight is touched
+    # Measured: 0.2 and 0.3 of the file, of which the first calls of the libraries are a part.
+    assert disk < 0.3 * size if dtype == "bfloat16" else disk < 0.45 * size
+
+
+# -------------------------------------------------------------------------------------------------------------- the rest
+
+
+def lora_file(path, mmdit, rank: int = 2):
+    generator, state = torch.Generator().manual_seed(0), {}
+    for name in ("double_blocks.0.img_attn.qkv", "double_blocks.1.img_mod.lin", "single_blocks.1.linear1"):
+        layer = mmdit.get_submodule(name)
+        state[f"diffusion_model.{name}.lora_A.weight"] = torch.randn(rank, layer.in_features, generator=generator) / 4
+        state[f"diffusion_model.{name}.lora_B.weight"] = torch.randn(layer.out_features, rank, generator=generator) / 4
+    save_file(state, path)
+    return path
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("merge", [True, False])
+def test_loras_go_along(flux, tmp_path, mode, merge):
+    changed = add_lora(flux, lora_file(tmp_path / "a.safetensors", flux.mmdit), merge=merge)
+    expected = generate(changed, "an owl", **SMALL)
+    assert torch.equal(generate(offload(changed, "cpu", mode), "an owl", **SMALL), expected)
+    assert not torch.allclose(expected, generate(flux, "an owl", **SMALL), atol=1e-3)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("form", ["int8", "nf4"])
+def test_quantised_layers_travel_packed(flux, mode, form):
+    packed = quantize(flux, form)
+    offloaded = offload(packed, "cpu", mode)
+    assert torch.equal(generate(offloaded, "an owl", **SMALL), generate(packed, "an owl", **SMALL))
+    assert any(isinstance(layer, PackedLinear) for layer in offloaded.mmdit.modules())
+
+
+def test_with_a_dtype_packed_layers_unpack_to_it(flux):
+    packed = quantize(change_networks(flux, lambda network: copy.deepcopy(network).bfloat16()), "int8")
+    offloaded = offload(packed, "cpu", "disk", dtype=torch.float32)
+    assert generate(offloaded, "an owl", **SMALL).isfinite().all()
+    assert all(layer.weight.dtype == torch.float32 for layer in offloaded.mmdit.modules() if isinstance(layer, PackedLinear))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_tiling_goes_before_or_after(flux, mode):
+    expected = generate(tile(flux, 32), "an owl", **SMALL)
+    for offloaded in (offload(tile(flux, 32), "cpu", mode), tile(offload(flux, "cpu", mode), 32)):
+        assert torch.equal(generate(offloaded, "an owl", **SMALL), expected)
+
+
+def test_what_would_change_an_offloaded_model_is_refused_in_one_sentence(flux, tmp_path):
+    offloaded = offload(flux, "cpu", "block")
+    file = lora_file(tmp_path / "a.safetensors", flux.mmdit)
+    with pytest.raises(ValueError, match="add LoRAs"):
+        add_lora(offloaded, file)
+    with pytest.raises(ValueError, match="an offloaded model cannot be changed any more: add LoRAs, and quantise, before"):
+        copy.deepcopy(offloaded.t5)
+    with pytest.raises(ValueError, match="is offloaded already: offload the model as it was before"):
+        offload(offloaded, "cpu", "model")
+
+
+@pytest.mark.parametrize("device, mode, message", [
+    ("cpu", "blocks", "the mode is 'blocks': expected one of model, block, leaf, disk"),
+    ("abacus", "block", "the device 'abacus' cannot be used here"),
+])
+def test_mistakes_are_answered_in_one_sentence(flux, device, mode, message):
+    with pytest.raises(ValueError, match=message):
+        offload(flux, device, mode)
+
+
+def test_pictures_are_read_by_an_offloaded_model_too(flux):
+    picture = torch.rand(1, 3, 48, 64, generator=torch.Generator().manual_seed(0))
+    for mode in MODES:
+        a, b = (image_to_image(model, "an owl", picture, **SMALL) for model in (offload(flux, "cpu", mode), flux))
+        assert torch.equal(a, b)
