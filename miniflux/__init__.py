@@ -12,10 +12,13 @@ from types import ModuleType
 
 __version__ = "0.1.0"
 
-_FILES = ("generate", "image_to_image", "inpaint", "fill", "control", "redux", "kontext_edit", "kontext_inpaint", "canny")
+_FILES = ("generate", "image_to_image", "inpaint", "fill", "control", "redux", "kontext_edit", "kontext_inpaint", "canny",
+          "depth", "info")
 _NAMES = {"load": "flux", "Flux": "flux", "FluxConfig": "flux", "add_redux": "flux", "Prompt": "prompt", "encode_prompt": "prompt",
           "redux_prompt": "redux", "add_lora": "adapters.lora", "set_lora_scales": "adapters.lora", "remove_lora": "adapters.lora",
           "load_controlnet": "controlnet", "Control": "controlnet", "add_ip_adapter": "adapters.ip_adapter", "quantize": "engine.quantize",
+          "load_depth": "depth", "load_filters": "safety", "is_flagged": "safety", "stop_flagged": "safety",
+          "add_watermark": "watermark", "read_watermark": "watermark", "fit_preview": "preview", "load_preview": "preview",
           "mask_from_alpha": "masks", "blur_mask": "masks", "expand_canvas": "masks", **dict(zip(_FILES, _FILES))}
 __all__ = ["__version__", *_NAMES]
 

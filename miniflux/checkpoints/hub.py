@@ -22,7 +22,7 @@ WANTED = ["model_index.json", "scheduler/*", "text_encoder*/*", "tokenizer*/*", 
           "image_embedder/*"]
 # In a snapshot that is more than a few stray files.
 WEIGHTS = ["transformer/*.safetensors", "flux1*.safetensors", "image_embedder/*.safetensors"]
-NETWORK = ["config.json", "*.safetensors"]         # of a repository that holds a single network
+NETWORK = ["*.json", "*.safetensors"]              # of a repository that holds a single network
 
 
 def cache_folder() -> Path:

@@ -45,7 +45,7 @@ def pack_nf4(weight: Tensor) -> Packed:
     absmax = blocks.abs().amax(dim=2).clamp_min(1e-30)                          # (out, in / 64)
     table = torch.tensor(NF4, device=weight.device)
     between = (table[1:] + table[:-1]) / 2                                      # where the nearest changes
-    q = torch.bucketize(blocks / absmax[..., None], between).to(torch.uint8).flatten(1)  # (out, in)
+    q = torch.bucketize((blocks / absmax[..., None]).contiguous(), between).to(torch.uint8).flatten(1)  # (out, in)
     return Packed("nf4", weight.shape, {"q": q[:, ::2] << 4 | q[:, 1::2], "absmax": absmax})
 
 
