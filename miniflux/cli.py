@@ -19,7 +19,11 @@ from . import __version__
 from .adapters.ip_adapter import add_ip_adapter
 from .adapters.lora import add_lora
 from .controlnet import MODES, Control, load_controlnet
+from .engine import distributed
+from .engine.caching import METHODS, cache
+from .engine.compiling import compile
 from .engine.quantize import FORMATS, quantize
+from .engine.tiling import tile
 from .flux import Flux, list_models, load
 from .images import check_output, number, save, strip, to_pil
 from .info import marks, spell
@@ -36,7 +40,8 @@ class Parser(argparse.ArgumentParser):
     """Answers a mistake with one line and exit code 2."""
 
     def error(self, message: str):
-        self.exit(2, f"{self.prog}: {' '.join(str(message).split())}\n")
+        # Note: of several processes, only the first to fail says so.
+        self.exit(2, f"{self.prog}: {' '.join(str(message).split())}\n" if distributed.fails_first() else None)
 
 
 class ListModels(argparse.Action):
@@ -70,6 +75,13 @@ def parser(task: str, description: str, prompt: bool = True) -> Parser:
     p.add_argument("--lora-scales", type=float, nargs="+", metavar="SCALE", help="how strongly each of them acts (default: 1)")
     p.add_argument("--device", help="cuda, mps, cpu (default: the first of these there is)")
     p.add_argument("--dtype", choices=DTYPES, help="of the weights (default bfloat16, float32 on the CPU)")
+    p.add_argument("--cache", choices=METHODS, help="compute only a part of the steps in full (default: off)")
+    p.add_argument("--cache-threshold", type=float, help="change of the first block up to which a step is not computed "
+                                                         f"(default {METHODS['first_block']['threshold']})")
+    p.add_argument("--cache-interval", type=int, help=f"of the computed steps of --cache taylor (default {METHODS['taylor']['interval']})")
+    p.add_argument("--tile", type=int, metavar="PIXELS", help="read and paint pictures in tiles of this size (default: as a whole)")
+    p.add_argument("--compile", action="store_true", help="compile the transformer's blocks, which takes a minute (default: off)")
+    p.add_argument("--shard", action="store_true", help="with torchrun: each process keeps only its share of the weights (default: off)")
     p.add_argument("--preview", action="store_true", help="also write the picture expected at each step (default: off)")
     p.add_argument("--preview-with", metavar="FILE", help="the same without decoding, by a map of miniflux.preview or TAEF1 (default: off)")
     p.add_argument("--safety", nargs="+", metavar="FILTER", help="stop pictures that this classifier flags, such as "
@@ -155,12 +167,15 @@ def run(p: Parser, paint: Callable, inputs: Callable[[Flux, argparse.Namespace],
     """Parse, load, paint, save; every mistake of the user ends in one line. Each flag is the keyword of `paint` of its name;
     `inputs` makes those that take more than a flag."""
     args = p.parse_args(argv)
-    logging.basicConfig(level=logging.ERROR if args.quiet else logging.INFO, format="%(message)s", stream=sys.stderr)
+    leads = distributed.leads()
+    quiet = args.quiet or not leads
+    logging.basicConfig(level=logging.ERROR if quiet else logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
+        device = distributed.start(args.device) if distributed.several() else args.device
         output = check_output(args.output)
         preview = check_output(os.path.splitext(args.output)[0] + "-preview.png") if args.preview or args.preview_with else None
         finish = on_finish(args)
-        flux = load(args.model, device=args.device, dtype=DTYPES.get(args.dtype), transformer=args.transformer)
+        flux = load(args.model, device=device, dtype=DTYPES.get(args.dtype), transformer=args.transformer)
         flux = adapt(flux, args)
         look = partial(decode, flux)
         if args.preview_with:
@@ -168,7 +183,7 @@ def run(p: Parser, paint: Callable, inputs: Callable[[Flux, argparse.Namespace],
             look = load_preview(args.preview_with, flux)
         states: list[tuple[float, Tensor]] = []
         pictures = paint(flux, **asked(flux, args, paint) | inputs(flux, args) | {
-            "output": "pil", "progress": not args.quiet, "on_finish": finish,
+            "output": "pil", "progress": not quiet, "on_finish": finish,
             "on_step": (lambda step, t, x: states.append((t, x[:1]))) if preview else None})
         own = {name: value for name, value in vars(args).items() if name not in p.shared and value not in (None, False)}
         metadata = {"prompt": args.prompt, "model": args.model, "version": __version__} | own
@@ -176,6 +191,8 @@ def run(p: Parser, paint: Callable, inputs: Callable[[Flux, argparse.Namespace],
         if args.lora:
             metadata["lora"] = ", ".join(f"{file} {scale:g}" for file, scale in zip(args.lora, lora_scales(args)))
         sheet = strip([*estimates(states, look, finish), pictures[0]]) if preview else None
+        if not leads:
+            return
         for i, picture in enumerate(pictures):
             path = number(output, i, len(pictures))
             made = metadata | picture.info | {"command": spell(p, args, args.seed + i)}
@@ -218,13 +235,17 @@ def lora_scales(args: argparse.Namespace) -> list[float]:
 
 
 def adapt(flux: Flux, args: argparse.Namespace) -> Flux:
-    """The model as the flags want it: quantised, with LoRAs and IP-Adapters."""
+    """The model as the flags want it: quantised, with LoRAs and IP-Adapters, compiled, with a cache, in tiles, over several processes."""
     flux = quantize(flux, args.quantize) if args.quantize else flux
     for file, scale in zip(args.lora, lora_scales(args)):
         flux = add_lora(flux, file, scale)
     for file in getattr(args, "ip_adapter", None) or []:
         flux = add_ip_adapter(flux, file, args.image_encoder)
-    return flux
+    flux = compile(flux) if args.compile else flux
+    if args.cache or args.cache_threshold is not None or args.cache_interval is not None:
+        flux = cache(flux, args.cache or "first_block", threshold=args.cache_threshold, interval=args.cache_interval)
+    flux = tile(flux, args.tile) if args.tile is not None else flux
+    return distributed.distribute(flux, args.shard) if args.shard or distributed.several() else flux
 
 
 def asked(flux: Flux, args: argparse.Namespace, paint: Callable) -> dict:

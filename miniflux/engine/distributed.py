@@ -2,7 +2,8 @@
 
     torchrun --nproc-per-node 4 -m miniflux.generate "a fox" --model dev
 
-    if process() >= 0: flux = distribute(flux)              in one's own script, started by torchrun
+    device = start()                                        the same in one's own script, which torchrun starts
+    flux = distribute(load("dev", device=device))
 
 Pictures that divide evenly among the N processes are painted N at a time, each process its share. Otherwise each process has a
 share of the text and image tokens (DeepSpeed-Ulysses, Jacobs et al. 2023, arXiv:2309.14509). All that is done token by token needs no
@@ -10,7 +11,7 @@ other process; only attention does, and for it tokens are exchanged for heads:
 
     my tokens, all heads   -- all to all -->   all tokens, my heads   -- attention -- all to all -->   my tokens, all heads
 
-With shard=True each process keeps 1/N of every block's weights, and a block is put together when it is needed (FSDP).
+With shard=True each process keeps 1/N of the blocks' weights, and a block is put together when it is needed (FSDP).
 
 Every process gets the same result; the commands let only the first one write and speak. Seam: model -> model.
 """
@@ -28,7 +29,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ..flux import Flux
+from ..flux import Flux, find_device
 from ..networks.attention import attention_through
 from ..networks.mmdit import KeysValues
 from .around import around, with_parts
@@ -40,29 +41,34 @@ _store = None                                               # where the processe
 # ---------------------------------------------------------------------------------------------------------- the processes
 
 
-def asked_for() -> bool:
+def several() -> bool:
     """Whether torchrun started this process as one of several."""
-    return int(os.environ.get("WORLD_SIZE", 1)) > 1
+    return "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
+
+
+def leads() -> bool:
+    """Whether this process is the one that writes and speaks."""
+    return not several() or os.environ.get("RANK") == "0"
 
 
 def start(device: str | None = None) -> torch.device:
-    """Joins the processes that torchrun started; returns this process's device: its own GPU, or the CPU."""
+    """Joins the processes that torchrun started; returns this one's device: its own GPU, or the CPU. device: "cuda" or "cpu"."""
     global _store
-    cuda = torch.cuda.is_available() if device is None else str(device).startswith("cuda")
-    here = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if device not in (None, "cpu", "cuda"):
         raise ValueError(f"the device is {device!r}: with several processes, expected cuda, of which each has its own, or cpu")
-    if cuda:
+    here, backend = torch.device("cpu"), "gloo"
+    if device != "cpu" and (device == "cuda" or torch.cuda.is_available()):
+        here, backend = find_device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}"), "nccl"
         torch.cuda.set_device(here)
     _store, rank, size = next(dist.rendezvous("env://"))
-    dist.init_process_group("nccl" if cuda else "gloo", store=_store, rank=rank, world_size=size)
+    dist.init_process_group(backend, store=_store, rank=rank, world_size=size)
     return here
 
 
 def fails_first() -> bool:
-    """Whether no other process has failed before this one: the others fail because of the first, which says why."""
+    """Whether no other process has failed before: the first one says why, the others fail because of it."""
     try:
-        return _store is None or _store.add("failed", 1) == 1
+        return leads() if _store is None else _store.add("failed", 1) == 1
     except RuntimeError:
         return True
 
@@ -99,9 +105,9 @@ def add_up(x: Tensor) -> Tensor:
 def exchange(parts: Sequence[Tensor], shapes: Sequence[Sequence[int]]) -> list[Tensor]:
     """parts[r] goes to process r, from which a tensor of the shape shapes[r] comes back."""
     sizes = [math.prod(shape) for shape in shapes]
-    received = parts[0].new_empty(sum(sizes))
+    sent, received = torch.cat([part.flatten() for part in parts]), parts[0].new_empty(sum(sizes))
     with together():
-        dist.all_to_all_single(received, torch.cat([part.flatten() for part in parts]), sizes, [part.numel() for part in parts])
+        dist.all_to_all_single(received, sent, sizes, [part.numel() for part in parts])
     return [part.view(shape) for part, shape in zip(received.split(sizes), shapes)]
 
 
@@ -114,7 +120,7 @@ def distribute(flux: Flux, shard: bool = False) -> Flux:
     shard: each process keeps only its part of the weights of the transformer's and T5's blocks. Raises ValueError outside of several
     processes, and when painting with more processes than the transformer has heads. LoRAs and caches come before."""
     if not dist.is_initialized():
-        raise ValueError("there is one process only: start with `torchrun --nproc-per-node N`, and call start() before")
+        raise ValueError("this process is alone: start several with `torchrun --nproc-per-node N`, and call start() in each of them")
     if hasattr(flux.mmdit, "distributed"):
         raise ValueError("this model is distributed already")
     if dist.get_world_size() == 1:
