@@ -2,8 +2,7 @@
 //
 // Everything is cut into blocks of 16. First keys and values are packed into panels 16 columns wide, the keys normalised, turned
 // and transposed on the way. Then each task takes 16 queries of one head: scores against all keys, softmax over whole rows, product
-// with the values. There are no intrinsics: the compiler vectorises the loops, and once for each generation of CPUs (EVERY_CPU).
-
+// with the values. 
 #include <omp.h>
 
 #include <algorithm>
@@ -12,18 +11,9 @@
 #include <new>
 
 #include "kernels.h"
+#include "tile.h"
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define EVERY_CPU __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-static bool has_avx512() { return __builtin_cpu_supports("avx512f"); }
-const char* instructions() { return has_avx512() ? "AVX-512" : __builtin_cpu_supports("avx2") ? "AVX2" : "SSE2"; }
-#else
-#define EVERY_CPU
-static bool has_avx512() { return false; }
-const char* instructions() { return "the compiler's default instructions"; }
-#endif
-
-constexpr int64_t BLOCK = 16;
+const char* instructions() { return has_avx512() ? "AVX-512" : has_avx2() ? "AVX2" : "the compiler's own choice of instructions"; }
 
 static int64_t round_up(int64_t n) { return (n + BLOCK - 1) / BLOCK * BLOCK; }
 
@@ -74,31 +64,13 @@ EVERY_CPU static void pack_values(const Problem<T>& p, int64_t b, int64_t h, int
         }
 }
 
-// c (ROWS, 16) = a (ROWS, n) panel (n, 16). The sums stay in registers: 8 rows fill AVX-512's, 4 AVX2's.
-template <int64_t ROWS>
-EVERY_CPU static void tile(const float* a, int64_t a_step, const float* panel, int64_t n, float* c, int64_t c_step) {
-    float sum[ROWS][BLOCK] = {};
-    for (int64_t i = 0; i < n; i++)
-        for (int64_t r = 0; r < ROWS; r++)
-#pragma omp simd
-            for (int64_t j = 0; j < BLOCK; j++) sum[r][j] += a[r * a_step + i] * panel[i * BLOCK + j];
-    for (int64_t r = 0; r < ROWS; r++) std::copy(sum[r], sum[r] + BLOCK, c + r * c_step);
-}
-
 // c (16, columns) = a (16, n) panels (columns/16, n, 16).
 template <int64_t ROWS>
 static void product(const float* a, int64_t a_step, const float* panels, int64_t n, int64_t columns, float* c, int64_t c_step) {
+    static const float zeros[BLOCK] = {};
     for (int64_t j = 0; j < columns; j += BLOCK)
-        for (int64_t r = 0; r < BLOCK; r += ROWS) tile<ROWS>(a + r * a_step, a_step, panels + j * n, n, c + r * c_step + j, c_step);
-}
-
-// e^x for x <= 0, as 2^n e^r with |r| <= log(2)/2 and a polynomial for e^r. Below -87 it stays at 1e-38.
-static inline float exp_negative(float x) {
-    x = x < -87.0f ? -87.0f : x;                                      // Note: written so that a NaN passes
-    int32_t n = int32_t(x * 1.44269504f - 0.5f);
-    float r = x - n * 0.693359375f + n * 2.12194440e-4f;              // log(2) in two parts: the first product is exact
-    float e = 1 + r * (1 + r * (1 / 2.0f + r * (1 / 6.0f + r * (1 / 24.0f + r * (1 / 120.0f + r * (1 / 720.0f))))));
-    return e * from_bits(uint32_t(n + 127) << 23);
+        for (int64_t r = 0; r < BLOCK; r += ROWS)
+            tile<ROWS>(a + r * a_step, a_step, panels + j * n, BLOCK, n, zeros, c + r * c_step + j, c_step);
 }
 
 // row (S) = exp(row - its largest), with zeros up to `tokens`; returns 1 / sum.

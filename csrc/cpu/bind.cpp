@@ -21,11 +21,25 @@ static void call(std::array<int64_t, 5> sizes, uintptr_t qkv, std::array<int64_t
     kernel(problem);
 }
 
+static void call_linear(std::array<int64_t, 3> sizes, uintptr_t x, uintptr_t w, uintptr_t b, uintptr_t y) {
+    auto [M, K, N] = sizes;
+    auto at = [](uintptr_t address) { return reinterpret_cast<float*>(address); };
+    py::gil_scoped_release others_may_run;
+    linear({M, K, N, at(x), at(w), at(b), at(y)});
+}
+
+static void call_gelu(int64_t rows, int64_t n, int64_t x_step, uintptr_t x, uintptr_t y) {
+    py::gil_scoped_release others_may_run;
+    gelu(rows, n, x_step, reinterpret_cast<float*>(x), reinterpret_cast<float*>(y));
+}
+
 PYBIND11_MODULE(_cpu, module) {
     module.def("attention_float32", call<float, attention<float>>);
     module.def("attention_bfloat16", call<bfloat16, attention<bfloat16>>);
     module.def("norm_rope_float32", call<float, norm_rope<float>>);
     module.def("norm_rope_bfloat16", call<bfloat16, norm_rope<bfloat16>>);
     module.def("attention_reference", call<float, attention_reference>);
+    module.def("linear_float32", call_linear);
+    module.def("gelu_float32", call_gelu);
     module.def("instructions", instructions);
 }

@@ -9,6 +9,17 @@
 template <typename T> void attention(const Problem<T>& p);  // out = the whole attention
 template <typename T> void norm_rope(const Problem<T>& p);  // q = R norm(q) and k = R norm(k), in place
 void attention_reference(const Problem<float>& p);          // the specification of `attention`
+
+struct LinearLayer {
+    int64_t M, K, N;              // rows, channels in, channels out (a multiple of 16)
+    const float *x, *w, *b;       // (M, K), (K, N), (N)
+    float* y;                     // (M, N)
+};
+
+void linear(const LinearLayer& p);                          // y = x w + b
+
+void gelu(int64_t rows, int64_t n, int64_t x_step, const float* x, float* y);  // y (rows, n) = gelu(x)
+
 const char* instructions();                                 // what the loops were vectorised for, of those that this CPU has
 
 inline uint32_t to_bits(float x) {

@@ -28,6 +28,8 @@ def refusal(qkv: Tensor) -> str | None:
     """Why the kernels cannot take this tensor; None if they can."""
     if _cpu is None:
         return f"miniflux._cpu is not built ({WHY_NOT}): install a C++ compiler, then miniflux again"
+    if type(qkv) is not Tensor:
+        return f"it takes plain tensors, not a {type(qkv).__name__}"
     if qkv.device.type != "cpu":
         return f"it computes on the CPU, and the tensors are on {qkv.device.type}"
     if qkv.dtype not in DTYPES:
@@ -109,6 +111,43 @@ def norm_rope_op(qkv: Tensor, pe: Tensor, image: Tensor, text: Tensor, L: int) -
     from ..networks.attention import check
     check(qkv, pe, image, text, L, "norm_rope")
     call("norm_rope", qkv, pe, image, text, L, qkv)
+
+
+# ------------------------------------------------------------------------------------ layers of small networks, in float32
+
+
+SMALL = 2**19  # numbers in a weight: 2 MiB, which a core's own cache holds
+
+
+def takes(x: Tensor) -> bool:
+    """Whether `gelu` can be called: on float32 on the CPU, without gradients and outside compiled graphs."""
+    return (_cpu is not None and x.is_cpu and x.dtype is torch.float32 and type(x) is Tensor
+            and not torch.is_grad_enabled() and not torch.compiler.is_compiling())
+
+
+def takes_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether `linear` is faster than PyTorch's: for small weights that are stored by columns.
+
+    Measured from 1 to 1536 rows: 1.0 to 1.2 times as fast on one core, 1.2 to 1.6 times on two."""
+    return (weight.stride(0) == 1 and weight.numel() <= SMALL and weight.shape[0] % 16 == 0 and bias is not None
+            and weight.is_cpu and weight.dtype is torch.float32 and takes(x))
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """x Wᵀ + b for x (..., K), weight (N, K) with strides (1, N), bias (N) -> (..., N)."""
+    N, K = weight.shape
+    x, out = x.contiguous(), x.new_empty((*x.shape[:-1], N))
+    _cpu.linear_float32((x.numel() // K, K, N), x.data_ptr(), weight.data_ptr(), bias.data_ptr(), out.data_ptr())
+    return out
+
+
+def gelu(x: Tensor) -> Tensor:
+    """gelu(x) with the tanh formula, for rows that may be parts of wider ones: x (..., N) -> (..., N)."""
+    rows, out = x.reshape(-1, x.shape[-1]), torch.empty(x.shape)
+    if rows.stride(1) != 1:
+        rows = rows.contiguous()
+    _cpu.gelu_float32(*rows.shape, rows.stride(0), rows.data_ptr(), out.data_ptr())
+    return out
 
 
 def main() -> None:

@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import attention, head_norm, look, rope_table
+from .layers import Linear, TanhGELU, tanh_gelu
 
 
 @dataclass(frozen=True)
@@ -88,8 +89,8 @@ class MLPEmbedder(nn.Module):
 
     def __init__(self, in_dim: int, hidden_size: int):
         super().__init__()
-        self.in_layer = nn.Linear(in_dim, hidden_size)
-        self.out_layer = nn.Linear(hidden_size, hidden_size)
+        self.in_layer = Linear(in_dim, hidden_size)
+        self.out_layer = Linear(hidden_size, hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.out_layer(F.silu(self.in_layer(x)))                         # (B, hidden)
@@ -121,9 +122,9 @@ class SelfAttention(nn.Module):
     def __init__(self, hidden_size: int, num_heads: int):
         super().__init__()
         self.num_heads = num_heads
-        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
+        self.qkv = Linear(hidden_size, 3 * hidden_size)
         self.norm = QKNorm(hidden_size // num_heads)
-        self.proj = nn.Linear(hidden_size, hidden_size)
+        self.proj = Linear(hidden_size, hidden_size)
 
     def project(self, x: Tensor) -> Tensor:
         return split_heads(self.qkv(x), self.num_heads)                         # (B, S, 3, H, D)
@@ -135,14 +136,14 @@ class Modulation(nn.Module):
     def __init__(self, hidden_size: int, count: int):
         super().__init__()
         self.count = count
-        self.lin = nn.Linear(hidden_size, count * hidden_size)
+        self.lin = Linear(hidden_size, count * hidden_size)
 
     def forward(self, vec: Tensor) -> tuple[Tensor, ...]:
         return self.lin(F.silu(vec))[:, None].chunk(self.count, dim=-1)         # count x (B, 1, hidden)
 
 
 def mlp(hidden_size: int, mlp_dim: int) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(hidden_size, mlp_dim), nn.GELU(approximate="tanh"), nn.Linear(mlp_dim, hidden_size))
+    return nn.Sequential(Linear(hidden_size, mlp_dim), TanhGELU(), Linear(mlp_dim, hidden_size))
 
 
 KeysValues = Sequence[tuple[Tensor, Tensor]]  # pairs (B or 1, H, T, D): tokens that a double block's image looks at besides
@@ -188,8 +189,8 @@ class SingleBlock(nn.Module):
     def __init__(self, hidden_size: int, num_heads: int, mlp_dim: int):
         super().__init__()
         self.num_heads = num_heads
-        self.linear1 = nn.Linear(hidden_size, 3 * hidden_size + mlp_dim)        # rows q, k, v, mlp
-        self.linear2 = nn.Linear(hidden_size + mlp_dim, hidden_size)            # columns attention, mlp
+        self.linear1 = Linear(hidden_size, 3 * hidden_size + mlp_dim)           # rows q, k, v, mlp
+        self.linear2 = Linear(hidden_size + mlp_dim, hidden_size)               # columns attention, mlp
         self.norm = QKNorm(hidden_size // num_heads)
         self.modulation = Modulation(hidden_size, 3)
 
@@ -198,7 +199,7 @@ class SingleBlock(nn.Module):
         sizes = 3 * x.shape[-1], self.linear2.in_features - x.shape[-1]
         qkv, mlp_in = self.linear1(modulate(x, shift, scale)).split(sizes, dim=-1)
         attn = attention(split_heads(qkv, self.num_heads), pe, self.norm.scales())  # (B, L+N, hidden)
-        y = self.linear2(torch.cat([attn, F.gelu(mlp_in, approximate="tanh")], dim=-1))
+        y = self.linear2(torch.cat([attn, tanh_gelu(mlp_in)], dim=-1))
         return clamp_fp16(torch.addcmul(x, gate, y))                            # (B, L+N, hidden)
 
 
@@ -207,8 +208,8 @@ class FinalLayer(nn.Module):
 
     def __init__(self, hidden_size: int, out_channels: int):
         super().__init__()
-        self.linear = nn.Linear(hidden_size, out_channels)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
+        self.linear = Linear(hidden_size, out_channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(hidden_size, 2 * hidden_size))
 
     def forward(self, img: Tensor, vec: Tensor) -> Tensor:
         # Note: rows are shift then scale here, scale then shift in the diffusers layout.
@@ -223,8 +224,8 @@ class MMDiT(nn.Module):
         super().__init__()
         self.config = config
         hidden, heads, mlp_dim = config.hidden_size, config.num_heads, round(config.hidden_size * config.mlp_ratio)
-        self.img_in = nn.Linear(config.in_channels, hidden)
-        self.txt_in = nn.Linear(config.context_in_dim, hidden)
+        self.img_in = Linear(config.in_channels, hidden)
+        self.txt_in = Linear(config.context_in_dim, hidden)
         self.time_in = MLPEmbedder(256, hidden)
         self.vector_in = MLPEmbedder(config.vec_in_dim, hidden)
         if config.guidance_embed:

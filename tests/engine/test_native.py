@@ -205,8 +205,8 @@ def test_a_missing_module_is_named_only_where_it_is_asked_for(monkeypatch):
         attention(*args, 3, backend="native")
 
 
-def test_the_command_says_what_is_there():
-    result = subprocess.run([sys.executable, "-m", "miniflux.engine.native"], capture_output=True, text=True, check=True)
+def test_the_command_says_what_is_there(tmp_path):
+    result = subprocess.run([sys.executable, "-m", "miniflux.engine.native"], capture_output=True, text=True, check=True, cwd=tmp_path)
     assert "used on the CPU in float32 and bfloat16, with " in result.stdout and len(result.stdout.splitlines()) <= 6
 
 

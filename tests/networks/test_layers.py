@@ -1,0 +1,80 @@
+"""The linear layer and the GELU of the transformer. Oracle: PyTorch's own, in float64."""
+
+import os
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from miniflux.engine import native
+from miniflux.networks.layers import Linear, TanhGELU, tanh_gelu
+
+built = pytest.mark.skipif(native._cpu is None and os.environ.get("MINIFLUX_REQUIRE_NATIVE") != "1",
+                           reason="miniflux._cpu is not built: there is no compiler here")
+
+
+def by_columns(layer: Linear) -> Linear:
+    """The same layer, its weight stored by columns, as a checkpoint's is when it is converted to float32."""
+    layer.weight.data = layer.weight.data.t().contiguous().t()
+    return layer
+
+
+def error(ours, theirs) -> float:
+    return float((ours.double() - theirs).abs().max() / theirs.abs().max())
+
+
+@built
+@pytest.mark.parametrize("K, N", [(64, 192), (7, 16), (33, 48), (768, 192)])
+@pytest.mark.parametrize("rows", [(1,), (8,), (2, 13), (1, 96), (2, 3, 4)])
+def test_few_rows_times_a_weight_by_columns(rows, K, N):
+    torch.manual_seed(0)
+    layer, x = by_columns(Linear(K, N)), torch.randn(*rows, K)
+    assert native.takes_linear(x, layer.weight, layer.bias)
+    expected = F.linear(x.double(), layer.weight.double(), layer.bias.double())
+    assert layer(x).shape == (*rows, N) and error(layer(x), expected) < 2e-6
+    wide = torch.randn(*rows, K + 5)
+    wide[..., 3:-2] = x
+    assert torch.equal(layer(wide[..., 3:-2]), layer(x))                        # rows that are parts of wider ones
+
+
+@built
+def test_no_rows_and_nan():
+    layer = by_columns(Linear(8, 16))
+    assert layer(torch.empty(0, 8)).shape == (0, 16) and tanh_gelu(torch.empty(0, 8)).shape == (0, 8)
+    x = torch.randn(10, 8)
+    x[3, 2] = torch.nan
+    assert torch.equal(layer(x).isnan().all(1), torch.arange(10) == 3) and not layer(x)[4:].isnan().any()
+
+
+@built
+@pytest.mark.parametrize("what, change", [
+    ("stored by rows", lambda x, layer: (x, Linear(32, 64))),
+    ("an odd number of columns", lambda x, layer: (x, by_columns(Linear(32, 60)))),
+    ("a large weight", lambda x, layer: (x, by_columns(Linear(32, 32768)))),
+    ("bfloat16", lambda x, layer: (x.bfloat16(), layer.bfloat16())),
+    ("no bias", lambda x, layer: (x, by_columns(Linear(32, 64, bias=False)))),
+    ("without data", lambda x, layer: (x.to("meta"), layer.to("meta"))),
+])
+def test_everything_else_is_pytorchs(what, change):
+    x, layer = change(torch.randn(5, 32), by_columns(Linear(32, 64)))
+    assert not native.takes_linear(x, layer.weight, layer.bias)
+    y = layer(x)
+    assert y.is_meta or torch.equal(y, F.linear(x, layer.weight, layer.bias))
+
+
+def test_gradients_and_compiled_graphs_are_pytorchs():
+    layer, x = by_columns(Linear(32, 64)), torch.randn(5, 32)
+    compiled = torch.compile(lambda x: tanh_gelu(layer(x)), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), F.gelu(F.linear(x, layer.weight, layer.bias), approximate="tanh"))
+    with torch.enable_grad():
+        tanh_gelu(layer(x)).sum().backward()
+    assert layer.weight.grad is not None
+
+
+def test_the_gelu_is_pytorchs_with_the_tanh_formula():
+    x = torch.cat([torch.linspace(-12, 12, 4001), torch.tensor([0, -1e-30, 1e4, -1e4, 3e38, -3e38])]).view(1, -1)
+    assert (TanhGELU()(x) - F.gelu(x.double(), approximate="tanh")).abs().max() < 1e-6
+    for part in (x[:, ::3], x[:, 5:-2], x.expand(3, -1)[:, 1:9]):
+        assert torch.equal(tanh_gelu(part), tanh_gelu(part.contiguous()))
+    assert tanh_gelu(torch.tensor([[torch.nan, torch.inf]])).tolist()[0][1] == torch.inf
+    assert tanh_gelu(torch.tensor([torch.nan])).isnan()
