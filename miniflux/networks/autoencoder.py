@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import chunked
+from .mmdit import clamp_fp16
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,8 @@ class ResnetBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
         h = self.conv2(F.silu(self.norm2(h)))
-        return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
+        # Note: float16 may overflow wherever no norm comes before; the next norm would make of one infinity a picture of no numbers: black.
+        return clamp_fp16(h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x))
 
 
 class AttnBlock(nn.Module):
@@ -68,7 +70,7 @@ class AttnBlock(nn.Module):
         h = self.norm(x)
         q, k, v = (f(h).flatten(2).transpose(1, 2)[:, None] for f in (self.q, self.k, self.v))  # (B, 1, h·w, C)
         h = chunked(q.contiguous(), k.contiguous(), v.contiguous())             # beyond 2048x1024 pixels in pieces
-        return x + self.proj_out(h[:, 0].transpose(1, 2).unflatten(2, x.shape[2:]))  # (B, C, h, w)
+        return clamp_fp16(x + self.proj_out(h[:, 0].transpose(1, 2).unflatten(2, x.shape[2:])))  # (B, C, h, w)
 
 
 class Downsample(nn.Module):
@@ -78,7 +80,7 @@ class Downsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         # Note: the padding is asymmetric, one row below and one column to the right.
-        return self.conv(F.pad(x, (0, 1, 0, 1)))                                # (B, C, h/2, w/2)
+        return clamp_fp16(self.conv(F.pad(x, (0, 1, 0, 1))))                    # (B, C, h/2, w/2)
 
 
 class Upsample(nn.Module):
@@ -87,7 +89,7 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))    # (B, C, 2h, 2w)
+        return clamp_fp16(self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest")))  # (B, C, 2h, 2w)
 
 
 class Middle(nn.Module):

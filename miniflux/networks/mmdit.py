@@ -180,7 +180,7 @@ class DoubleBlock(nn.Module):
             img = img + look(queries, keys, values)                             # (B, N, hidden)
         txt = torch.addcmul(txt, txt_gate1, self.txt_attn.proj(txt_attn))       # (B, L, hidden)
         txt = torch.addcmul(txt, txt_gate2, self.txt_mlp(modulate(txt, txt_shift2, txt_scale2)))
-        return img, clamp_fp16(txt)
+        return clamp_fp16(img), clamp_fp16(txt)
 
 
 class SingleBlock(nn.Module):

@@ -103,7 +103,14 @@ class T5FF(nn.Module):
         self.wo = nn.Linear(config.d_ff, config.d_model, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.wo(F.gelu(self.wi_0(x), approximate="tanh") * self.wi_1(x))
+        gate, up = F.gelu(self.wi_0(x), approximate="tanh"), self.wi_1(x)
+        if x.dtype != torch.float16:
+            return self.wo(gate * up)
+        # Note: the product is too large for float16, and a sum of infinities may be no number at all. So it is made in float32, and each
+        # token is brought into range for wo, and back.
+        h = gate.float() * up.float()                                           # (B, S, d_ff)
+        scale = (h.abs().amax(dim=-1, keepdim=True) / 1024).clamp(min=1)
+        return (self.wo((h / scale).to(x.dtype)).float() * scale).to(x.dtype)
 
 
 class T5LayerSelfAttention(nn.Module):
