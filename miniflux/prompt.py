@@ -4,11 +4,15 @@
     vec (B, vec_in_dim)           one vector a prompt, from CLIP: joins the time embedding
 """
 
+import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
+from .checkpoints.formats import read_safetensors
 from .flux import Flux
 
 
@@ -26,6 +30,27 @@ class Prompt:
 
     def __len__(self) -> int:
         return len(self.vec)
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Keep it in a safetensors file, so that the text encoders are not needed again."""
+        path = Path(path)
+        if not path.parent.is_dir():
+            raise FileNotFoundError(f"{path} cannot be written: its folder does not exist")
+        partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+        try:
+            save_file({"txt": self.txt.contiguous(), "vec": self.vec.contiguous()}, partial)
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    @staticmethod
+    def load(path: str | os.PathLike) -> "Prompt":
+        """One that was saved. Raises FileNotFoundError, or ValueError for another file."""
+        tensors = read_safetensors(path)
+        if set(tensors) != {"txt", "vec"} or not all(tensor.is_floating_point() for tensor in tensors.values()):
+            raise ValueError(f"{path} holds no encoded prompt: expected a file that Prompt.save has written, with txt and vec")
+        # Note: copies, as the file may be replaced or deleted while the prompt is in use.
+        return Prompt(tensors["txt"].clone(), tensors["vec"].clone())
 
 
 Text = str | list[str] | Prompt

@@ -1,9 +1,12 @@
 """Prompts: what is encoded, how copies are ordered, what is refused. Oracle: by hand."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from miniflux import Prompt, encode_prompt, load
+from miniflux import Prompt, encode_prompt, generate, load
 from miniflux.prompt import match, repeat
 
 
@@ -56,3 +59,48 @@ def test_more_text_tokens_than_the_model_reads_are_refused(flux, tokens):
 def test_a_prompt_of_another_model_is_refused(flux):
     with pytest.raises(ValueError, match="widths 5 and 7, this model needs 32 and 24"):
         encode_prompt(flux, Prompt(torch.zeros(1, 4, 5), torch.zeros(1, 7)))
+
+
+# --------------------------------------------------------------------------------------------------------- kept on disk
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_saved_prompt_is_read_back_bit_for_bit_and_paints_without_text_encoders(flux, tmp_path, dtype):
+    prompt = encode_prompt(flux, ["a red apple", "two blue cats"], 16)
+    prompt = Prompt(prompt.txt.to(dtype), prompt.vec.to(dtype))
+    prompt.save(tmp_path / "prompt.safetensors")
+    again = Prompt.load(tmp_path / "prompt.safetensors")
+    assert torch.equal(again.txt, prompt.txt) and torch.equal(again.vec, prompt.vec) and again.txt.dtype == dtype
+    assert [path.name for path in tmp_path.iterdir()] == ["prompt.safetensors"]  # nothing half-written
+    bare = replace(flux, clip=None, t5=None, clip_tokenizer=None, t5_tokenizer=None)
+    keywords = dict(width=32, height=32, steps=1, output="latents", progress=False)
+    assert torch.equal(generate(bare, again, **keywords), generate(flux, prompt, **keywords))
+
+
+def test_a_prompt_in_use_survives_its_file(tmp_path):
+    Prompt(torch.ones(1, 2, 3), torch.ones(1, 3)).save(tmp_path / "prompt.safetensors")
+    prompt = Prompt.load(str(tmp_path / "prompt.safetensors"))
+    (tmp_path / "prompt.safetensors").write_bytes(b"")
+    assert prompt.txt.sum() == 6
+
+
+@pytest.mark.parametrize("tensors, message", [
+    ({"txt": torch.ones(1, 2, 3)}, "holds no encoded prompt: expected a file that Prompt.save has written"),
+    ({"txt": torch.ones(1, 2, 3), "vec": torch.ones(1, 3), "more": torch.ones(1)}, "holds no encoded prompt"),
+    ({"txt": torch.ones(1, 2, 3).int(), "vec": torch.ones(1, 3)}, "holds no encoded prompt"),
+    ({"txt": torch.ones(2, 3), "vec": torch.ones(1, 3)}, r"a Prompt has txt \(B, L, width\) and vec"),
+    (None, "is not a complete safetensors file"),
+])
+def test_another_file_is_refused_in_one_sentence(tmp_path, tensors, message):
+    path = tmp_path / "prompt.safetensors"
+    save_file(tensors, path) if tensors else path.write_bytes(b"no tensors")
+    with pytest.raises(ValueError, match=message):
+        Prompt.load(path)
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        Prompt.load(tmp_path / "nowhere.safetensors")
+
+
+def test_a_prompt_that_cannot_be_written_leaves_nothing_behind(tmp_path):
+    with pytest.raises(FileNotFoundError, match="cannot be written: its folder does not exist"):
+        Prompt(torch.ones(1, 2, 3), torch.ones(1, 3)).save(tmp_path / "nowhere" / "prompt.safetensors")
+    assert not list(tmp_path.iterdir())
