@@ -151,14 +151,21 @@ def test_the_gradients_are_those_of_the_formula():
         assert error(ours, theirs) < 1e-5
 
 
-@pytest.mark.parametrize("backend", ["native", "norm_rope"])
-def test_a_compiled_graph_holds_the_kernel_whole(backend):
+@pytest.mark.parametrize("backend, op", [("auto", "attention"), ("native", "attention"), ("norm_rope", "norm_rope")])
+def test_a_compiled_graph_holds_the_kernel_whole(backend, op):
     def block(x, pe, image, text):
         return 2 * attention((x * 1.5).unflatten(-1, (3, 2, 16)), pe, image, text, 5, backend=backend)
 
+    seen = []
+
+    def look_inside(graph, inputs):
+        seen.extend(str(node.target) for node in graph.graph.nodes)
+        return graph
+
     qkv, *others = problem((1, 2, 19, 16))
-    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(block, fullgraph=True, backend=look_inside)
     assert error(compiled(qkv.flatten(2), *others), block(qkv.flatten(2), *others)) < 1e-6
+    assert any(f"miniflux.{op}" in target for target in seen)
 
 
 def test_norm_rope_says_that_it_has_no_gradients():

@@ -218,6 +218,16 @@ def test_chunks_of_queries_keep_the_score_matrix_within_the_limit(monkeypatch):
         attention(*args, 5, backend="sdpa")
 
 
+@pytest.mark.parametrize("name", HERE)
+def test_a_whole_picture_is_the_same_with_every_backend(small_folder, name):
+    """That `auto` paints what diffusers paints is tested in tests/parity/."""
+    flux = load(small_folder, device="cpu")
+    expected = generate(flux, "a red apple", steps=3, output="tensor", progress=False)
+    with attention_backend(name):
+        picture = generate(flux, "a red apple", steps=3, output="tensor", progress=False)
+    assert (picture - expected).abs().max() < 1e-4          # measured: 6e-6
+
+
 def test_a_whole_picture_needs_nothing_that_mps_lacks(monkeypatch):
     """The tiny model as on MPS: 96 tokens, whose 3 · 96 · 96 scores are more than the faked limit allows at once."""
     flux = load(device="cpu")
