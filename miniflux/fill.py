@@ -45,16 +45,20 @@ def fill(flux: Flux, prompt: Text, image: Picture | list[Picture], mask: Picture
     masks = read_masks(mask, pictures)
     known, hole = fit(pictures, call.width, call.height), fit_masks(masks, call.width, call.height)
     start = None if strength == 1 and sigmas is None else encode(flux, known)   # at t = 1 nothing is left of it
-    # Note: the hole is grey (0 in [-1, 1]). Of the mask a latent pixel gets all its 8x8 pixels as channels, row by row.
-    z, m = encode(flux, known * (1 - hole)), F.pixel_unshuffle(hole, 8)         # (n, 16, h, w), (n, 64, h, w)
-    beside = torch.cat([patchify(z), patchify(m.to(z))], dim=-1)                # (n, N, 64 + 256)
 
     def put_back(painted: Tensor) -> Tensor:
         size = size_of(pictures[0]) if width is None and height is None else (call.width, call.height)
         whole = torch.cat([to_tensor(picture, *size) for picture in pictures])
         return paste(painted, whole, feather(fit_masks(masks, *size)))
 
-    return paint(flux, prompt, call, start=start, beside=beside, put_back=put_back if paste_back else None)
+    return paint(flux, prompt, call, start=start, beside=fill_channels(flux, known, hole), put_back=put_back if paste_back else None)
+
+
+def fill_channels(flux: Flux, known: Tensor, hole: Tensor) -> Tensor:
+    """What each image token is told of pictures (n, 3, H, W) in [-1, 1] and holes (n, 1, H, W), 1 to fill: (n, N, 64 + 256)."""
+    # Note: the hole is grey (0 in [-1, 1]). Of the mask a latent pixel gets all its 8x8 pixels as channels, row by row.
+    z, m = encode(flux, known * (1 - hole)), F.pixel_unshuffle(hole, 8)         # (n, 16, h, w), (n, 64, h, w)
+    return torch.cat([patchify(z), patchify(m.to(z))], dim=-1)
 
 
 def main() -> None:

@@ -4,6 +4,7 @@
     python -m miniflux.tiny.train autoencoder --minutes 14
     python -m miniflux.tiny.train base --minutes 78
     python -m miniflux.tiny.train guidance --minutes 11
+    python -m miniflux.tiny.train fill --minutes 12              canny, depth likewise
 
 Everything lies below `--work`: each stage's state, log and sample sheet in its own folder, and in `model/` the model so
 far, which `miniflux.load` opens once it is complete. A stage that was interrupted goes on where its last saved state ended.
@@ -20,12 +21,12 @@ from torch import Tensor
 
 from ..checkpoints.layouts import load_autoencoder
 from ..cli import Parser
-from ..flux import find_device
+from ..flux import find_device, load
 from ..networks.autoencoder import Autoencoder
 from ..networks.tokenizers import CLIPTokenizer, T5Tokenizer
-from . import export, train_autoencoder, train_flow, vocabulary
+from . import export, train_autoencoder, train_flow, train_variant, vocabulary
 
-SCENES = {"vocabulary": 20_000, "autoencoder": 6_000, "base": 36_000, "guidance": 36_000}
+SCENES = {"vocabulary": 20_000, "autoencoder": 6_000, "base": 36_000, "guidance": 36_000} | dict.fromkeys(train_variant.VARIANTS, 6_000)
 
 
 def averaged(folder: Path) -> dict[str, Tensor]:
@@ -61,10 +62,18 @@ def train_painter_stage(work: Path, stage: str, steps: int | None, minutes: floa
     export.write_text_encoders(work / "model", painter.clip, painter.t5)
 
 
+def train_variant_stage(work: Path, stage: str, steps: int | None, minutes: float | None, scenes: int, device: torch.device,
+                        base: str) -> None:
+    """A variant of a model that is there, by default the shipped one."""
+    flux, student = (load(base, device=device, dtype=torch.float32) for _ in range(2))
+    print(train_variant.run(work / stage, stage, flux, student, steps, minutes, scenes, lr=2e-3))
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(prog="python -m miniflux.tiny.train", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=["vocabulary", "autoencoder", "base", "guidance"])
+    parser.add_argument("stage", choices=list(SCENES))
+    parser.add_argument("--base", default="tiny", help="the model of which fill, canny and depth are variants (default tiny)")
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--minutes", type=float, help="train for so long (default 15)")
     length.add_argument("--steps", type=int, help="train for so many steps")
@@ -79,6 +88,8 @@ def main(argv: list[str] | None = None) -> None:
             vocabulary.learn(args.work / "model", scenes)
         elif args.stage == "autoencoder":
             train_autoencoder_stage(args.work, args.steps, minutes, scenes, args.device)
+        elif args.stage in train_variant.VARIANTS:
+            train_variant_stage(args.work, args.stage, args.steps, minutes, scenes, args.device, args.base)
         else:
             train_painter_stage(args.work, args.stage, args.steps, minutes, scenes, args.device)
     except (OSError, ValueError, ImportError) as error:

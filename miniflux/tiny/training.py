@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 
 def make_optimizers(net: nn.Module, lr: float, weight_decay: float = 0.01) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside the networks (Jordan et al. 2024), AdamW for embeddings, convolutions, vectors and
-    the first and last layer."""
+    """Muon for the matrices inside the networks (Jordan et al. 2024), AdamW for embeddings, convolutions, vectors, low-rank
+    factors and the first and last layer."""
     def is_inner_matrix(name: str, p: Tensor) -> bool:
-        return p.ndim == 2 and not any(word in name for word in ("embed", "shared", "_bias", "img_in", "final_layer.linear"))
+        return p.ndim == 2 and not any(word in name for word in ("embed", "shared", "_bias", "img_in", "final_layer.linear", "parametrizations"))
 
     named = [(name, p) for name, p in net.named_parameters() if p.requires_grad]
     inner = [p for name, p in named if is_inner_matrix(name, p)]

@@ -1,0 +1,72 @@
+"""Measures what a variant adds: does it fill the hole, follow the edges, keep to the depths? Held-out combinations only.
+
+    fill      the judge (`evaluate.py`) finds the object in the hole; the rest differs by so many grey levels
+    canny     edges of the result within 2 pixels of those given, and the other way round: precision, recall, F1
+    depth     the part that differs from the ground is the part that was given as near: intersection over union
+
+Each figure stands beside that of the true scene after the autoencoder, which no variant can exceed.
+"""
+
+import random
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from ..control import control
+from ..fill import fill
+from ..flux import Flux
+from .evaluate import judge, round_trip
+from .pairs import depth_map, edges
+from .scenes import SIDE, Scene, object_masks, paint_ground, render, sample_scene
+
+BATCH = 16
+KINDS = {2: "canny or depth", 6: "fill"}                # by the input channels of the transformer
+
+
+def object_box(scene: Scene, room: int = 6) -> np.ndarray:
+    """The hole around a scene's only object: (128, 128) uint8."""
+    placed, mask = scene.objects[0], np.zeros((SIDE, SIDE), np.uint8)
+    mask[max(placed.y - room, 0):placed.y + placed.size + room, max(placed.x - room, 0):placed.x + placed.size + room] = 255
+    return mask
+
+
+def edge_f1(a: np.ndarray, b: np.ndarray, reach: int = 2) -> float:
+    """Two edge maps (128, 128, 3): the harmonic mean of the shares of each that lie within `reach` pixels of the other."""
+    maps = torch.from_numpy(np.stack([a, b])[..., 0] > 0)[:, None].float()      # (2, 1, 128, 128)
+    near = F.max_pool2d(maps, 2 * reach + 1, stride=1, padding=reach)
+    precision, recall = (float((maps[i] * near[1 - i]).sum() / maps[i].sum().clamp(min=1)) for i in (0, 1))
+    return 2 * precision * recall / max(precision + recall, 1e-9)
+
+
+def overlap(picture: np.ndarray, scene: Scene) -> float:
+    """Intersection over union of the scene's objects and of what differs from its ground by more than 40 grey levels."""
+    painted = np.abs(picture - paint_ground(scene.ground, scene.seed)).max(-1) > 40
+    wanted = object_masks(scene).any(0)
+    return float((painted & wanted).sum() / max((painted | wanted).sum(), 1))
+
+
+def measure(flux: Flux, variant: str, count: int, seed: int = 0, steps: int = 28) -> tuple[dict[str, float], np.ndarray]:
+    """The figures of a variant over `count` held-out scenes, painted from seed on; and the pictures."""
+    scenes = [sample_scene(random.Random(seed + i), held_out=True) for i in range(count)]
+    true = np.stack([render(scene) for scene in scenes])
+    given = {"fill": true, "canny": [edges(picture) for picture in true], "depth": [depth_map(scene) for scene in scenes]}[variant]
+    holes, painted = [object_box(scene) for scene in scenes], []
+    for i in range(0, count, BATCH):
+        part, keywords = slice(i, i + BATCH), dict(width=SIDE, height=SIDE, seed=seed + i, steps=steps, progress=False)
+        prompts = [scene.caption for scene in scenes[part]]
+        painted += (fill(flux, prompts, list(given[part]), holes[part], **keywords) if variant == "fill"
+                    else control(flux, prompts, list(given[part]), **keywords))
+    pictures, best = np.stack([np.asarray(picture) for picture in painted]), round_trip(flux, true)
+    names = [scene.objects[0].name for scene in scenes]
+    figures = {"object right": float(np.mean([v.object == name for v, name in zip(judge(pictures), names)])),
+               "object right, at best": float(np.mean([v.object == name for v, name in zip(judge(best), names)]))}
+    for suffix, results in (("", pictures), (", at best", best)):
+        if variant == "fill":
+            outside = np.stack(holes) == 0
+            figures[f"grey levels outside the hole{suffix}"] = float(np.abs(np.float32(results) - true)[outside].mean())
+        elif variant == "canny":
+            figures[f"edge F1{suffix}"] = float(np.mean([edge_f1(edges(result), edge) for result, edge in zip(results, given)]))
+        else:
+            figures[f"overlap with what is near{suffix}"] = float(np.mean([overlap(result, scene) for result, scene in zip(results, scenes)]))
+    return figures, pictures

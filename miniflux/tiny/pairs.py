@@ -1,0 +1,43 @@
+"""What else a scene knows of itself: the hole to fill, the edges to follow, the depths: exact data for every task.
+
+    hole         a box around one of its objects, or anywhere        -> fill
+    edges        of the rendered picture, by `canny`                 -> control
+    depth_map    the ground recedes upwards, a larger object is nearer     -> control
+"""
+
+import random
+
+import numpy as np
+
+from ..canny import canny
+from .scenes import SIDE, Scene, object_masks
+
+FAR, NEAR = 30, 150                                    # brightness of a ground at its upper and at its lower edge
+
+
+def hole(scene: Scene, rng: random.Random) -> np.ndarray:
+    """Where a picture is to be filled: (128, 128) bool. Three times of four one object with some room, whole; else any box."""
+    mask = np.zeros((SIDE, SIDE), bool)
+    if rng.random() < 0.75:
+        placed = rng.choice(scene.objects)
+        left, top, right, bottom = placed.x, placed.y, placed.x + placed.size, placed.y + placed.size
+        left, top, right, bottom = (edge + sign * rng.randint(2, 12) for edge, sign in ((left, -1), (top, -1), (right, 1), (bottom, 1)))
+    else:
+        width, height = rng.randint(32, 112), rng.randint(32, 112)
+        left, top = rng.randint(0, SIDE - width), rng.randint(0, SIDE - height)
+        right, bottom = left + width, top + height
+    mask[max(top, 0):bottom, max(left, 0):right] = True
+    return mask
+
+
+def edges(picture: np.ndarray) -> np.ndarray:
+    """(128, 128, 3) uint8 -> white edges on black, the same shape."""
+    return np.asarray(canny(picture))
+
+
+def depth_map(scene: Scene) -> np.ndarray:
+    """Grey, near is bright: (128, 128, 3) uint8."""
+    depth = np.repeat(np.linspace(FAR, NEAR, SIDE, dtype=np.float32)[:, None], SIDE, axis=1)
+    for placed, mask in sorted(zip(scene.objects, object_masks(scene)), key=lambda pair: pair[0].size):
+        depth[mask] = NEAR + (255 - NEAR) * placed.size / SIDE
+    return np.repeat((depth + 0.5).astype(np.uint8)[..., None], 3, axis=-1)

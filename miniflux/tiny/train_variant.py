@@ -1,0 +1,144 @@
+"""Stage 4: what the base model learns besides, as a LoRA with a wider first layer: to fill holes, to follow edges or depths.
+
+    W' = W + B A                               only A (rank, in) and B (out, rank) learn; B, and the further channels, begin at zero
+    loss = ‖v(x_t ⊕ c, t, caption, w) - (ε - z) - (v_base(x_t, t, caption, w) - v_base(x_t, t, caption, 1))‖²
+
+c are the further channels of each image token. The last two terms are what guidance w changes in the base model: so the variant
+learns from true pictures and keeps its guidance. This is the form in which Black Forest Labs published their Canny and Depth LoRAs.
+"""
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import register_parametrization
+
+from ..control import control
+from ..fill import fill, fill_channels
+from ..flux import Flux
+from ..images import save
+from ..latents import encode
+from ..networks.attention import attention_backend
+from ..networks.mmdit import MMDiT
+from ..prompt import encode_prompt
+from ..sampling import image_ids, patchify, text_ids
+from .pairs import depth_map, edges, hole
+from .scenes import Scene, contact_sheet, render, sample_scene
+from .train_autoencoder import to_tensor
+from .train_flow import BATCH, SIDE, noisy
+from .training import train
+
+RANK = 32
+FILL_GUIDANCE = 30 / 3.5            # fill's guidance is 30 where the base model's is 3.5
+
+
+def fill_inputs(flux: Flux, scenes: list[Scene], pictures: np.ndarray, rng: random.Random) -> Tensor:
+    holes = torch.from_numpy(np.stack([hole(scene, rng) for scene in scenes]))[:, None].float()
+    return fill_channels(flux, to_tensor(pictures), holes)                      # (n, N, 320)
+
+
+def edge_inputs(flux: Flux, scenes: list[Scene], pictures: np.ndarray, rng: random.Random) -> Tensor:
+    return patchify(encode(flux, to_tensor(np.stack([edges(picture) for picture in pictures]))))
+
+
+def depth_inputs(flux: Flux, scenes: list[Scene], pictures: np.ndarray, rng: random.Random) -> Tensor:
+    return patchify(encode(flux, to_tensor(np.stack([depth_map(scene) for scene in scenes]))))
+
+
+# Variant -> (its further channels, what its guidance counts in units of the base model's).
+VARIANTS: dict[str, tuple[Callable, float]] = {"fill": (fill_inputs, FILL_GUIDANCE), "canny": (edge_inputs, 1.0), "depth": (depth_inputs, 1.0)}
+
+
+class LowRank(nn.Module):
+    """A change of a weight: W -> W + B A."""
+
+    def __init__(self, weight: Tensor):
+        super().__init__()
+        rows, columns = weight.shape
+        self.A = nn.Parameter(torch.randn(RANK, columns) / columns ** 0.5)
+        self.B = nn.Parameter(torch.zeros(rows, RANK))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight + self.B @ self.A
+
+
+def with_factors(mmdit: MMDiT, further: int) -> dict[str, LowRank]:
+    """Gives each linear layer of the network a change to learn, and the first one further input channels; layer -> its change."""
+    mmdit.requires_grad_(False)
+    mmdit.img_in.weight = nn.Parameter(F.pad(mmdit.img_in.weight, (0, further)), requires_grad=False)
+    mmdit.img_in.in_features += further
+    changes = {}
+    for name, layer in list(mmdit.named_modules()):
+        if isinstance(layer, nn.Linear):
+            changes[name] = LowRank(layer.weight)
+            register_parametrization(layer, "weight", changes[name])
+    return changes
+
+
+@torch.no_grad()
+def encode_variant(flux: Flux, inputs: Callable, count: int, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Scene]]:
+    """`count` scenes: their tokens, further channels and encoded captions, all in bfloat16; and the first scenes."""
+    rng, columns, kept = random.Random(seed), [], []
+    for begin in range(0, count, 64):
+        scenes = [sample_scene(rng) for _ in range(min(64, count - begin))]
+        pictures = np.stack([render(scene) for scene in scenes])
+        prompt = encode_prompt(flux, [scene.caption for scene in scenes])
+        with torch.autocast("cpu", torch.bfloat16):
+            z, beside = patchify(encode(flux, to_tensor(pictures))), inputs(flux, scenes, pictures, rng)
+        columns.append([part.bfloat16() for part in (z, beside, prompt.txt, prompt.vec)])
+        kept += scenes[:64 - len(kept)]
+    return *map(torch.cat, zip(*columns)), kept
+
+
+def run(folder: Path, variant: str, base: Flux, student: Flux, steps: int | None, minutes: float | None, scenes: int, lr: float) -> Path:
+    """Train a variant of the model `base` (`student` is another copy of it, which is changed); returns its LoRA file."""
+    torch.manual_seed(0)
+    inputs, unit = VARIANTS[variant]
+    z, beside, txt, vec, shown = encode_variant(base, inputs, scenes, seed=20)
+    mmdit, changes = student.mmdit, with_factors(student.mmdit, beside.shape[-1])
+    ids = image_ids(SIDE, SIDE), text_ids(txt.shape[1])
+
+    def loss(generator: torch.Generator) -> Tensor:
+        index = torch.randint(len(z), (BATCH,), generator=generator)
+        x, t, target = noisy(z[index], generator)
+        w, c = 1 + 5 * torch.rand(BATCH, generator=generator), (txt[index].float(), vec[index].float(), t)
+        with torch.autocast("cpu", torch.bfloat16), attention_backend("formula"):
+            with torch.no_grad():
+                guidance = base.mmdit(x, *c, w, *ids) - base.mmdit(x, *c, torch.ones_like(w), *ids)
+            v = mmdit(torch.cat([x, beside[index].float()], dim=-1), *c, unit * w, *ids)
+        return (v.float() - target - guidance.float()).square().mean()
+
+    def on_save(step: int, ema: dict[str, Tensor]) -> dict:
+        now = {name: value.clone() for name, value in mmdit.state_dict().items()}
+        mmdit.load_state_dict(ema)
+        pictures, masks = np.stack([render(scene) for scene in shown[:16]]), random.Random(1)
+        keywords, captions = dict(steps=16, progress=False), [scene.caption for scene in shown[:16]]
+        if variant == "fill":
+            holes = [np.uint8(255) * hole(scene, masks) for scene in shown[:16]]
+            painted = fill(student, captions, list(pictures), holes, **keywords)
+            given = [np.where(mask[..., None] > 0, 128, picture).astype(np.uint8) for mask, picture in zip(holes, pictures)]
+        else:
+            given = [edges(picture) if variant == "canny" else depth_map(scene) for scene, picture in zip(shown, pictures)]
+            painted = control(student, captions, given, **keywords)
+        mmdit.load_state_dict(now)
+        pairs = [np.asarray(picture) for pair in zip(given, painted) for picture in pair]
+        save(contact_sheet(pairs, [text for caption in captions for text in ("", caption)]), folder / "sheet.png", {"step": step})
+        write_lora(folder / "lora.safetensors", changes, ema)
+        return {"sheet": str(folder / "sheet.png")}
+
+    student.mmdit.config = type(mmdit.config)(**{**mmdit.config.__dict__, "in_channels": z.shape[-1] + beside.shape[-1]})
+    train(mmdit, loss, folder, lr=lr, steps=steps, minutes=minutes, seed=3, on_save=on_save)
+    return folder / "lora.safetensors"
+
+
+def write_lora(path: Path, changes: dict[str, LowRank], weights: dict[str, Tensor]) -> None:
+    """The learnt factors under the names of BFL's Control LoRAs, in bfloat16."""
+    factors = {f"{name}.lora_{kind}.weight": weights[f"{name}.parametrizations.weight.0.{kind}"] for name in changes for kind in "AB"}
+    partial = path.with_suffix(".part")
+    save_file({name: tensor.bfloat16().contiguous() for name, tensor in factors.items()}, partial)
+    partial.replace(path)

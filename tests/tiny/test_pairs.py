@@ -1,0 +1,42 @@
+"""The exact data of the other tasks. Oracles: by hand on single scenes; the facts of a scene."""
+
+import random
+
+import numpy as np
+
+from miniflux import canny
+from miniflux.tiny.pairs import FAR, NEAR, depth_map, edges, hole
+from miniflux.tiny.scenes import SIDE, Placed, Scene, object_masks, render, sample_scene
+
+SCENE = Scene((Placed("cat", None, 8, 40, 40), Placed("apple", "red", 70, 30, 56)), "blue", "a cat left of a red apple", "pair")
+
+
+def test_most_holes_cover_one_object_whole_and_all_lie_within_the_picture():
+    covered, masks = 0, object_masks(SCENE)
+    for seed in range(200):
+        mask = hole(SCENE, random.Random(seed))
+        assert mask.shape == (SIDE, SIDE) and 24 * 24 <= mask.sum() < SIDE * SIDE
+        covered += any((mask | ~object_mask).all() for object_mask in masks)
+    assert covered >= 150
+
+
+def test_the_ground_recedes_upwards_and_the_larger_object_is_nearer():
+    depth = depth_map(SCENE)
+    assert depth.shape == (SIDE, SIDE, 3) and (depth[..., 0] == depth[..., 2]).all()
+    assert depth[0, 64, 0] == FAR and depth[-1, 64, 0] == NEAR
+    cat, apple = (depth[..., 0][mask] for mask in object_masks(SCENE))
+    assert len(set(cat)) == len(set(apple)) == 1 and NEAR < cat[0] < apple[0] < 255
+
+
+def test_edges_are_those_of_canny_and_lie_about_the_objects():
+    picture = render(SCENE)
+    found = edges(picture)
+    assert np.array_equal(found, np.asarray(canny(picture))) and found.max() == 255
+    near = object_masks(SCENE).any(0)
+    assert found[near].sum() > 0.9 * found.sum()
+
+
+def test_every_kind_of_scene_has_all_of_them():
+    for seed in range(40):
+        scene = sample_scene(random.Random(seed))
+        assert hole(scene, random.Random(seed)).any() and depth_map(scene).max() > NEAR and edges(render(scene)).any()
