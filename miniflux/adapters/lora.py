@@ -26,6 +26,7 @@ from ..checkpoints.packed import PackedLinear
 from ..flux import Flux
 from ..images import check_number, log
 from ..networks.clip import CLIPText
+from ..networks.layers import Linear
 from ..networks.mmdit import MMDiT
 from ..networks.t5 import T5
 from .dialects import Delta, Parsed, Target, parse, targets
@@ -176,7 +177,7 @@ def frozen(tensor: Tensor) -> nn.Parameter:
     return nn.Parameter(tensor, requires_grad=False)
 
 
-class LoRALinear(nn.Linear):
+class LoRALinear(Linear):
     """A linear layer, and changes that are applied to its input beside it."""
 
     beside: list[tuple[Delta, float]] = []
