@@ -244,7 +244,7 @@ def check_fit(deltas: list[Delta], base: dict[str, nn.Module | None], path: Path
                 raise ValueError(f"{path}: {name} has a {kind} of the shape {list(delta.factors[kind].shape)}, expected [{height}]")
         if (shape := delta.shape) is None:
             continue
-        fits = shape[1] == weight.shape[-1] or name == "img_in" and shape[1] in (latents, 2 * latents, 6 * latents)
+        fits = shape[1] == weight.shape[-1] or name == "img_in" and shape[1] in (latents, 2 * latents)
         if weight.ndim != 2 or shape[0] != height or not fits:
             raise ValueError(f"{path} is for another model: it changes {name} by {list(shape)}, which is "
                              f"{[height, *weight.shape[1:]]} here")
