@@ -97,23 +97,32 @@ def find_source(source: str | Path) -> Path:
 
 
 def load(source: str | Path = "tiny", *, device: torch.device | str | None = None, dtype: torch.dtype | None = None,
-         transformer: str | Path | None = None) -> Flux:
+         transformer: str | Path | None = None, fit: bool = False) -> Flux:
     """Load a FLUX.1 model.
 
     source: a shipped name ("tiny"), an official short name ("schnell", "dev", "krea", "fill", "canny", "depth", "kontext"; "redux"
     is dev with `add_redux`), a Hub id, a folder in the diffusers or in the original layout, or a safetensors file with a whole
     model (ComfyUI's). transformer: a single file (safetensors or GGUF) or folder whose transformer replaces the source's. What is
     quantised stays so in memory. device: CUDA, then MPS, then CPU by default. dtype: bfloat16 on accelerators, float32 on the
-    CPU by default; what quantised weights are computed in.
+    CPU by default; what quantised weights are computed in. fit: whether to look first how much memory is free, and offload the model
+    where it would not fit as a whole (`plan.py`).
 
     Raises FileNotFoundError for what is not there, ValueError for what is not a FLUX.1 model."""
     device = find_device(device)
     dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"dtype is {dtype!r:.60}, expected torch.float32, torch.bfloat16 or torch.float16")
+    if fit:
+        from .plan import load_fitting
+        return load_fitting(source, device, dtype, transformer)
+    return assemble(source, device, dtype, transformer)
+
+
+def assemble(source: str | Path, device: torch.device, dtype: torch.dtype | None, transformer: str | Path | None = None) -> Flux:
+    """The model of `load`, from its files; with the dtype None, as they hold it."""
     folder = find_source(source)
     if find_part(folder, "image_embedder") and not find_part(folder, "transformer"):
-        return add_redux(load("dev", device=device, dtype=dtype, transformer=transformer), folder)
+        return add_redux(assemble("dev", device, dtype, transformer), folder)
     override = None if transformer is None else Path(transformer).expanduser()
     if override and not override.exists():
         raise FileNotFoundError(f"the transformer {transformer} does not exist: expected a file or a folder")

@@ -13,6 +13,7 @@ import json
 import math
 import os
 from collections.abc import Callable
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -120,8 +121,24 @@ def read_safetensors(path: str | os.PathLike, apart: Callable[[str], bool] = lam
     return tensors
 
 
+_only_shapes = False
+
+
+@contextmanager
+def only_shapes():
+    """Within, matrices of numbers are read without the numbers: they have a shape and a dtype, and lie on the meta device."""
+    global _only_shapes
+    before, _only_shapes = _only_shapes, True
+    try:
+        yield
+    finally:
+        _only_shapes = before
+
+
 def view(data: np.ndarray, dtype: torch.dtype, shape: list[int]) -> Tensor:
     """Bytes as a tensor; without a copy, unless the header's length has put them at an odd address."""
+    if _only_shapes and len(shape) > 1 and dtype.is_floating_point:
+        return torch.empty(shape, dtype=dtype, device="meta")
     if not len(data):
         return torch.empty(shape, dtype=dtype)
     return torch.from_numpy(np.array(data) if data.ctypes.data % dtype.itemsize else data).view(dtype).view(shape)
