@@ -1,6 +1,6 @@
 """Measures miniflux beside diffusers: the same weights, the same machine, the same run. Equality is asserted first.
 
-    python -m miniflux.bench                    all tables
+    python -m miniflux.bench                    all tables but disk
     python -m miniflux.bench step cold          some of them
 
     picture       one picture of the tiny model, everything loaded, and its share per step
@@ -10,6 +10,7 @@
     lora          merging a LoRA into a block of FLUX.1's size, beside reading its file and copying the weights
     quantize      memory, a step and what the judge of the tiny world says, for each format
     tokenizers    a prompt of 512 tokens
+    disk          peak memory of a step of FLUX.1's size from disk; writes 33 GB, and only when it is named
 
 The peer needs `pip install diffusers transformers`.
 """
@@ -34,6 +35,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from .adapters.lora import add_lora
+from .bench_disk import bench_disk
 from .checkpoints.formats import read_safetensors
 from .cli import Parser
 from .control import control
@@ -254,17 +256,17 @@ def bench_tokenizers(source: str) -> None:
 
 
 BENCHES = {"picture": bench_picture, "cold": bench_cold, "load": bench_load, "tasks": bench_tasks,
-           "lora": bench_lora, "quantize": bench_quantize, "tokenizers": bench_tokenizers}
+           "lora": bench_lora, "quantize": bench_quantize, "tokenizers": bench_tokenizers, "disk": bench_disk}
 
 
 def main() -> None:
     parser = Parser(prog="python -m miniflux.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("tables", nargs="*", help=f"of {', '.join(BENCHES)} (default: all)")
+    parser.add_argument("tables", nargs="*", help=f"of {', '.join(BENCHES)} (default: all but disk)")
     parser.add_argument("--model", default="tiny", help="the model to measure (default tiny)")
     args = parser.parse_args()
     if unknown := [name for name in args.tables if name not in BENCHES]:
         parser.error(f"there is no table {unknown[0]!r}: expected some of {', '.join(BENCHES)}")
-    names = args.tables or list(BENCHES)
+    names = args.tables or [name for name in BENCHES if name != "disk"]
     if {"picture", "cold"} & set(names) and not all(map(find_spec, ("diffusers", "transformers"))):
         parser.error("picture and cold compare with diffusers: `pip install diffusers transformers`, or name other tables")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
