@@ -16,6 +16,7 @@ With shard=True each process keeps 1/N of the blocks' weights, and a block is pu
 Every process gets the same result; the commands let only the first one write and speak. Seam: model -> model.
 """
 
+import atexit
 import copy
 import math
 import os
@@ -62,6 +63,7 @@ def start(device: str | None = None) -> torch.device:
         torch.cuda.set_device(here)
     _store, rank, size = next(dist.rendezvous("env://"))
     dist.init_process_group(backend, store=_store, rank=rank, world_size=size)
+    atexit.register(dist.destroy_process_group)             # Note: or its threads may abort a process that is done
     return here
 
 
