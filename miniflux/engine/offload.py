@@ -2,11 +2,11 @@
 
     flux = offload(load("dev", device="cpu", dtype=torch.bfloat16), "cuda", "block")
 
-    mode     a part is                                         on the device at once, of FLUX.1-dev's weights in bfloat16
-    model    a network: T5, the modulation, the transformer    16.1 GiB, the transformer without its modulation
-    block    a block of T5 or of the transformer                0.9 GiB, a block and the one that comes after it
-    leaf     a linear layer                                     0.4 GiB, likewise
-    disk     a block, read from the mapped file                 as block; in the computer's memory, too, no more than that
+    mode     a part is                                  on the device at once, of FLUX.1-dev's weights in bfloat16
+    model    a network: T5, CLIP, the transformer       16.2 GiB: the transformer without its modulation
+    block    a block of T5 or of the transformer         1.1 GiB: one, the one that comes after it, and what is in no block
+    leaf     a linear layer                              0.4 GiB: likewise
+    disk     a block, read from the mapped file          as block; in the computer's memory, too, there is no more than that
 
 A part comes when it is called, and stays until another one is: text encoders are gone once they have encoded. With CUDA the coming
 block is copied while the present one computes (`prefetch`). What is small stays on the device for good, and tells the others where
@@ -15,6 +15,7 @@ as it was, bit for bit where the device is the same one. Seam: model -> model.
 """
 
 import ctypes
+import mmap
 import os
 import re
 import shutil
@@ -39,7 +40,6 @@ from .modulation import Modulations, precompute_modulation
 
 MODES = ("model", "block", "leaf", "disk")
 SMALL = 4096               # numbers of a tensor that stays: norms, and T5's table of distances, which is read before its block runs
-PAGE, DONTNEED, WILLNEED = 4096, 4, 3                       # as Linux' madvise knows them
 
 
 def offload(flux: Flux, device: torch.device | str, mode: str = "model", *, prefetch: bool = True,
@@ -58,6 +58,8 @@ def offload(flux: Flux, device: torch.device | str, mode: str = "model", *, pref
         raise ValueError(f"the mode is {mode!r}: expected one of {', '.join(MODES)}")
     if hasattr(flux.mmdit, "turns"):
         raise ValueError("this model is offloaded already: offload the model as it was before")
+    if (at := flux.mmdit.img_in.weight.device).type != "cpu":
+        raise ValueError(f'this model lies on {at}: load it with device="cpu", from where its parts can come')
     flux, turns = precompute_modulation(flux), Turns(device, dtype, prefetch, mode)
     return change_networks(replace(flux, loras=None), turns.rule)
 
@@ -105,7 +107,8 @@ class Turns:
     def __init__(self, device: torch.device, dtype: torch.dtype | None, prefetch: bool, mode: str):
         self.device, self.dtype, self.prefetch, self.mode = device, dtype, prefetch, mode
         self.here: list[nn.Module] = []
-        self.following: dict[nn.Module, nn.Module] = {}     # who is called after whom
+        self.following: dict[nn.Module, nn.Module] = {}     # who is called after whom, as far as that is known
+        self.last: nn.Module | None = None                  # who was called last
         self.mapped: dict[int, Tensor] = {}                 # address -> tensor whose pages can be read from a file again
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" and prefetch and mode != "model" else None
         self.done = None                                    # when the part that was called last has computed
@@ -178,12 +181,15 @@ class Turns:
 
     def take(self, part: nn.Module, _: tuple) -> None:
         """Before a part runs: if it is not here yet the others leave, and it comes."""
+        if self.last not in (None, part):
+            self.following[self.last] = part                # next time, it will be on its way
+        self.last = part
         if part not in self.here:
             self.clear()
             self.come(part)
             if self.mode == "disk" and self.prefetch:
                 for *_, tensor in slots(self.following.get(part, part)):
-                    self.advise(tensor, WILLNEED)
+                    self.advise(tensor, "WILLNEED")
         if self.stream:
             torch.cuda.current_stream(self.device).wait_stream(self.stream)
 
@@ -234,14 +240,15 @@ class Turns:
     # -------------------------------------------------------------------------------------------------------------- pages
 
     def give_back(self, tensor: Tensor) -> None:
-        self.advise(tensor, DONTNEED)
+        self.advise(tensor, "DONTNEED")
 
-    def advise(self, tensor: Tensor, advice: int) -> None:
+    def advise(self, tensor: Tensor, advice: str) -> None:
         """Tells the system that the pages of a mapped tensor are not needed now, or will be soon."""
         # Note: of other memory, "not needed" would make zeros. An address in `mapped` belongs to the tensor that is kept there.
-        if tensor.data_ptr() in self.mapped:
-            begin = tensor.data_ptr() // PAGE * PAGE
-            ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(tensor.data_ptr() + tensor.nbytes - begin), advice)
+        if (address := tensor.data_ptr()) in self.mapped:
+            begin = address // mmap.PAGESIZE * mmap.PAGESIZE
+            ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(address + tensor.nbytes - begin),
+                                      getattr(mmap, f"MADV_{advice}"))
 
 
 def mapped_ranges() -> list[tuple[int, int]] | None:

@@ -166,46 +166,56 @@ class MadeUpCUDA:
             monkeypatch.setattr(torch.cuda, name, value)
 
 
-def test_with_cuda_the_next_block_is_copied_while_the_present_one_computes(flux, monkeypatch, without_numbers):
-    """meta plays the GPU. At most two blocks are there; a block's copy begins after the block before has been started, on the stream of
-    the copies, after the block before that one has finished; and nothing computes before its copy has arrived."""
+@pytest.fixture
+def cuda(monkeypatch, without_numbers) -> list:
+    """The log of a made-up CUDA, whose device is meta."""
     log = MadeUpCUDA(monkeypatch).log
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self.clone())
     monkeypatch.setattr(module, "find_device", lambda name: types.SimpleNamespace(type="cuda"))
-    come = Turns.come
-    monkeypatch.setattr(Turns, "copy", lambda self, place, tensor: tensor.to("meta"))
+    monkeypatch.setattr(Turns, "copy", lambda self, holder, tensor: tensor.to("meta"))
     monkeypatch.setattr(Turns, "to_device", lambda self, value: meta(value))
+    return log
+
+
+def test_with_cuda_the_next_block_is_copied_while_the_present_one_computes(flux, cuda, monkeypatch):
+    """At most two blocks are there; a block's copy begins when the block before has been started, and the one before that, whose place it
+    takes, has finished; and nothing computes before its copy has arrived."""
+    blocks: list = []
+    come = Turns.come
 
     def spy(self, part):
         if part in blocks:
-            log.append(("copy", blocks.index(part)))
+            cuda.append(("copy", blocks.index(part)))
         come(self, part)
 
     monkeypatch.setattr(Turns, "come", spy)
-    blocks: list = []
     offloaded = offload(flux, "cuda", "block")
     blocks += [*offloaded.mmdit.double_blocks, *offloaded.mmdit.single_blocks]
     for i, block in enumerate(blocks):
-        block.register_forward_pre_hook(lambda block, inputs, i=i: log.append(
-            ("run", i, [j for j, other in enumerate(blocks) if "meta" in devices(other)])))
+        block.register_forward_pre_hook(lambda block, inputs, i=i: cuda.append(
+            ("run", i, {j for j, other in enumerate(blocks) if "meta" in devices(other)})))
     generate(offloaded, "an owl", **SMALL | dict(output="latents"))
 
-    story = [entry for entry in log if entry[0] in ("copy", "run")]
-    runs, last = [entry for entry in story if entry[0] == "run"], len(blocks) - 1
-    assert [entry[1] for entry in runs] == 2 * list(range(last + 1))
-    # Only the first one of all is not on its way before it is called; each other one is, while the one before computes.
-    assert story[:2] == [("copy", 0), ("run", 0, [0])]
-    assert [entry[:2] for entry in story[2:]] == [pair for i in [*range(1, last + 1), *range(last + 1)]
-                                                  for pair in (("copy", i), ("run", i))] + [("copy", 0)]
-    assert all(here == sorted({i, (i - 1) % len(blocks)} & {*here}) and i in here for _, i, here in runs)
-    for entry in runs[1:]:
-        place = log.index(entry)
-        before = log[:place]
-        assert before[-1] == ("wait", "compute", "copies")                      # its copy has arrived
-    for place, entry in enumerate(log):
-        if entry[0] == "copy" and place > log.index(runs[1]):
-            recorded, synchronized = log[place - 2:place]
-            assert recorded == ("record", "compute") and synchronized[0] == "synchronize" and synchronized[1] < place - 2
+    story = [entry for entry in cuda if entry[0] in ("copy", "run")]
+    runs, order = [entry for entry in story if entry[0] == "run"], [*range(len(blocks))] * 2
+    assert [entry[1] for entry in runs] == order
+    # Each block is on its way before it is called, while the one before computes; after the last step, the first one once more.
+    assert [entry[:2] for entry in story] == [step for i in order for step in (("copy", i), ("run", i))] + [("copy", 0)]
+    assert all(i in here and here <= {i, (i - 1) % len(blocks)} for _, i, here in runs)
+    for entry in runs:
+        assert cuda[cuda.index(entry) - 1] == ("wait", "compute", "copies")     # its copy has arrived
+    for place in [place for place, entry in enumerate(cuda) if entry[0] == "copy"][2:]:
+        recorded, synchronized = cuda[place - 2:place]
+        assert recorded == ("record", "compute") and synchronized[0] == "synchronize" and synchronized[1] < place - 2
+
+
+def test_with_cuda_the_order_of_layers_is_learnt_in_the_first_step(flux, cuda):
+    """Layers are not called in the order in which they stand. One that was not expected costs a synchronisation."""
+    begun = []
+    offloaded = offload(flux, "cuda", "leaf")
+    generate(offloaded, "an owl", **SMALL | dict(output="latents", steps=3), on_step=lambda *_: begun.append(len(cuda)))
+    first, *rest = [cuda[begin:end].count(("synchronize", "all")) for begin, end in zip(begun, [*begun[1:], None])]
+    assert first > 2 and rest == [2, 2]                                         # which are the modulation's, when it begins and ends
 
 
 def meta(value):
@@ -360,6 +370,11 @@ def test_what_would_change_an_offloaded_model_is_refused_in_one_sentence(flux, t
 def test_mistakes_are_answered_in_one_sentence(flux, device, mode, message):
     with pytest.raises(ValueError, match=message):
         offload(flux, device, mode)
+
+
+def test_a_model_that_lies_on_the_device_is_refused(flux):
+    with pytest.raises(ValueError, match='this model lies on meta: load it with device="cpu"'):
+        offload(change_networks(flux, lambda network: copy.deepcopy(network).to("meta")), "cpu")
 
 
 def test_pictures_are_read_by_an_offloaded_model_too(flux):
