@@ -175,7 +175,10 @@ def run(p: Parser, paint: Callable, inputs: Callable[[Flux, argparse.Namespace],
         output = check_output(args.output)
         preview = check_output(os.path.splitext(args.output)[0] + "-preview.png") if args.preview or args.preview_with else None
         finish = on_finish(args)
-        flux = load(args.model, device=device, dtype=DTYPES.get(args.dtype), transformer=args.transformer)
+        dtype = DTYPES.get(args.dtype)
+        if args.shard:                                      # each process takes its share from the CPU's memory
+            device, dtype = "cpu", dtype or (torch.float32 if str(device) == "cpu" else torch.bfloat16)
+        flux = load(args.model, device=device, dtype=dtype, transformer=args.transformer)
         flux = adapt(flux, args)
         look = partial(decode, flux)
         if args.preview_with:

@@ -30,10 +30,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from ..checkpoints.packed import PackedLinear
 from ..flux import Flux, find_device
 from ..networks.attention import attention_through
-from ..networks.mmdit import KeysValues
+from ..networks.mmdit import KeysValues, MMDiT
+from ..networks.t5 import T5
 from .around import around, with_parts
+from .offload import change_networks
 
 _shared = False                                             # whether this process computes a share of a step just now
 _store = None                                               # where the processes leave notes for each other
@@ -119,16 +122,18 @@ def exchange(parts: Sequence[Tensor], shapes: Sequence[Sequence[int]]) -> list[T
 def distribute(flux: Flux, shard: bool = False) -> Flux:
     """The model whose transformer and decoder share their work with those of the other processes.
 
-    shard: each process keeps only its part of the weights of the transformer's and T5's blocks. Raises ValueError outside of several
-    processes, and when painting with more processes than the transformer has heads. LoRAs and caches come before."""
+    shard: each process keeps only its share of the weights of the transformer's and T5's blocks, and all else, on its own device; the
+    given model may lie on the CPU. Raises ValueError outside of several processes, for quantised weights with `shard`, and when
+    painting with more processes than the transformer has heads. LoRAs and caches come before."""
     if not dist.is_initialized():
         raise ValueError("this process is alone: start several with `torchrun --nproc-per-node N`, and call start() in each of them")
     if hasattr(flux.mmdit, "distributed"):
         raise ValueError("this model is distributed already")
+    if shard and any(isinstance(module, PackedLinear) for part in (flux.mmdit, flux.t5) if part for module in part.modules()):
+        raise ValueError("quantised weights cannot be sharded: distribute them whole, or shard the model as it was before")
     if dist.get_world_size() == 1:
         return flux
-    if shard:
-        flux = replace(flux, mmdit=sharded(flux.mmdit, "double_blocks", "single_blocks"), t5=sharded(flux.t5, "encoder.block") if flux.t5 else None)
+    flux = change_networks(flux, sharded) if shard else flux
     mmdit, autoencoder = around(flux.mmdit, Shares()), flux.autoencoder
     mmdit.distributed = True
     if autoencoder is not None:
@@ -200,15 +205,22 @@ def ulysses(text: list[int], image: list[int], attention: Callable, qkv: Tensor,
     return torch.cat(exchange([torch.cat(pair, dim=1) for pair in shares], [(B, S, h * D) for h in heads]), dim=-1)
 
 
-def sharded(network: nn.Module, *lists: str) -> nn.Module:
-    """A copy of a network whose blocks, but the first of each list, keep only a share of their weights between their calls."""
+def sharded(network: nn.Module) -> nn.Module:
+    """A copy of a network on this process's device, whose blocks keep only a share of their weights between their calls."""
     from torch.distributed.fsdp import fully_shard
 
-    network = copy.deepcopy(network, memo={id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())})
+    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+    mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
     # Note: T5 looks up its biases in the weights of its first block before that is called, so first blocks stay whole.
-    for block in (block for name in lists for block in network.get_submodule(name)[1:]):
-        for module in block.modules():
-            for name, weight in module.named_parameters(recurse=False):         # Note: FSDP takes contiguous weights only
-                setattr(module, name, nn.Parameter(weight.data.contiguous(), requires_grad=False))
-        fully_shard(block, reshard_after_forward=True)
+    lists = ("double_blocks", "single_blocks") if isinstance(network, MMDiT) else ("encoder.block",) if isinstance(network, T5) else ()
+    network = copy.deepcopy(network, memo={id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())})
+    blocks = [block for name in lists for block in network.get_submodule(name)[1:]]
+    within = {module for block in blocks for module in block.modules()}
+    for module in network.modules():
+        for name, weight in module.named_parameters(recurse=False):
+            # Note: FSDP takes contiguous weights only, and moves a block to the device when it shards it: never all of them are there.
+            weight = weight.data.contiguous() if module in within else weight.data.to(device)
+            setattr(module, name, nn.Parameter(weight, requires_grad=False))
+    for block in blocks:
+        fully_shard(block, mesh=mesh, reshard_after_forward=True)
     return network

@@ -170,6 +170,15 @@ def test_the_command_paints_one_picture_and_only_the_first_process_speaks(tmp_pa
         assert max(abs(a - b) for a, b in zip(picture.tobytes(), expected.tobytes())) <= 1
 
 
+def test_the_command_shards(tmp_path):
+    torchrun(2, "-m", "miniflux.generate", "an owl", "--steps", "2", "--shard", "--cache-threshold", "0.1", "--num-images", "2",
+             "--tile", "128", "--output", tmp_path / "owl.png")
+    expected = generate(cache(load(device="cpu"), threshold=0.1), "an owl", steps=2, num_images=2, progress=False)
+    for i, one in enumerate(expected, 1):
+        with Image.open(tmp_path / f"owl-{i}.png") as picture:
+            assert max(abs(a - b) for a, b in zip(picture.tobytes(), one.tobytes())) <= 1
+
+
 def test_a_mistake_is_answered_once(tmp_path):
     done = torchrun(2, "-m", "miniflux.generate", "an owl", "--model", tmp_path / "nothing", check=False)
     assert done.returncode and done.stderr.count("is neither a folder nor a known model") == 1
@@ -198,11 +207,13 @@ def test_torchrun_ends_when_a_process_is_killed(tmp_path):
     assert done.returncode and "exitcode: -9" in done.stderr
 
 
-def test_one_process_is_the_model_itself():
+def test_one_process_is_the_model_itself_and_quantised_weights_are_not_sharded():
     flux = load(device="cpu")
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        assert distributed.distribute(flux) is flux
+        assert distributed.distribute(flux) is flux and distributed.distribute(flux, shard=True) is flux
+        with pytest.raises(ValueError, match="quantised weights cannot be sharded"):
+            distributed.distribute(quantize(flux, "int8"), shard=True)
     finally:
         dist.destroy_process_group()
 
