@@ -33,6 +33,13 @@ static void call_gelu(int64_t rows, int64_t n, int64_t x_step, uintptr_t x, uint
     gelu(rows, n, x_step, reinterpret_cast<float*>(x), reinterpret_cast<float*>(y));
 }
 
+static void call_modulate(std::array<int64_t, 4> sizes, uintptr_t x, uintptr_t shift, uintptr_t scale, uintptr_t y) {
+    auto [B, S, n, step] = sizes;
+    auto at = [](uintptr_t address) { return reinterpret_cast<float*>(address); };
+    py::gil_scoped_release others_may_run;
+    modulate(B, S, n, step, at(x), at(shift), at(scale), at(y));
+}
+
 PYBIND11_MODULE(_cpu, module) {
     module.def("attention_float32", call<float, attention<float>>);
     module.def("attention_bfloat16", call<bfloat16, attention<bfloat16>>);
@@ -41,5 +48,6 @@ PYBIND11_MODULE(_cpu, module) {
     module.def("attention_reference", call<float, attention_reference>);
     module.def("linear_float32", call_linear);
     module.def("gelu_float32", call_gelu);
+    module.def("modulate_float32", call_modulate);
     module.def("instructions", instructions);
 }

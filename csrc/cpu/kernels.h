@@ -20,6 +20,9 @@ void linear(const LinearLayer& p);                          // y = x w + b
 
 void gelu(int64_t rows, int64_t n, int64_t x_step, const float* x, float* y);  // y (rows, n) = gelu(x)
 
+// y (B, S, n) = (1 + scale) layer_norm(x) + shift, where shift and scale (B, n) go `step` elements from picture to picture.
+void modulate(int64_t B, int64_t S, int64_t n, int64_t step, const float* x, const float* shift, const float* scale, float* y);
+
 const char* instructions();                                 // what the loops were vectorised for, of those that this CPU has
 
 inline uint32_t to_bits(float x) {

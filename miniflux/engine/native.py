@@ -119,18 +119,19 @@ def norm_rope_op(qkv: Tensor, pe: Tensor, image: Tensor, text: Tensor, L: int) -
 SMALL = 2**19  # numbers in a weight: 2 MiB, which a core's own cache holds
 
 
-def takes(x: Tensor) -> bool:
-    """Whether `gelu` can be called: on float32 on the CPU, without gradients and outside compiled graphs."""
-    return (_cpu is not None and x.is_cpu and x.dtype is torch.float32 and type(x) is Tensor
-            and not torch.is_grad_enabled() and not torch.compiler.is_compiling())
+def takes(*tensors: Tensor | None) -> bool:
+    """Whether the kernels below can be called: on float32 on the CPU, without gradients and outside compiled graphs."""
+    for x in tensors:
+        if x is None or not x.is_cpu or x.dtype is not torch.float32:
+            return False
+    return _cpu is not None and type(tensors[0]) is Tensor and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 def takes_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether `linear` is faster than PyTorch's: for small weights that are stored by columns.
 
     Measured from 1 to 1536 rows: 1.0 to 1.2 times as fast on one core, 1.2 to 1.6 times on two."""
-    return (weight.stride(0) == 1 and weight.numel() <= SMALL and weight.shape[0] % 16 == 0 and bias is not None
-            and weight.is_cpu and weight.dtype is torch.float32 and takes(x))
+    return weight.stride(0) == 1 and weight.numel() <= SMALL and weight.shape[0] % 16 == 0 and takes(x, weight, bias)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -147,6 +148,15 @@ def gelu(x: Tensor) -> Tensor:
     if rows.stride(1) != 1:
         rows = rows.contiguous()
     _cpu.gelu_float32(*rows.shape, rows.stride(0), rows.data_ptr(), out.data_ptr())
+    return out
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """(1 + scale) · LayerNorm(x) + shift for x (B, S, n), shift and scale (B, 1, n) -> (B, S, n)."""
+    x, out = x.contiguous(), torch.empty(x.shape)
+    if shift.stride() != scale.stride() or shift.stride(-1) != 1:
+        shift, scale = shift.contiguous(), scale.contiguous()
+    _cpu.modulate_float32((*x.shape, shift.stride(0)), x.data_ptr(), shift.data_ptr(), scale.data_ptr(), out.data_ptr())
     return out
 
 

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import attention, head_norm, look, rope_table
-from .layers import Linear, TanhGELU, tanh_gelu
+from .layers import Linear, TanhGELU, modulate, tanh_gelu
 
 
 @dataclass(frozen=True)
@@ -67,16 +67,6 @@ def timestep_embedding(t: Tensor, dim: int = 256, max_period: float = 10000.0) -
 def split_heads(qkv: Tensor, num_heads: int) -> Tensor:
     """Pattern "B S (3 H D) -> B S 3 H D": the rows of a fused projection are q, then k, then v, each head by head."""
     return qkv.unflatten(-1, (3, num_heads, -1))
-
-
-def layer_norm(x: Tensor) -> Tensor:
-    """LayerNorm without weights: in this network the conditioning vector supplies scale and shift."""
-    return F.layer_norm(x, x.shape[-1:], eps=1e-6)
-
-
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """(1 + scale) · LayerNorm(x) + shift; x (B, S, hidden), shift and scale (B, 1, hidden)."""
-    return torch.addcmul(shift, layer_norm(x), 1 + scale)
 
 
 def clamp_fp16(x: Tensor) -> Tensor:

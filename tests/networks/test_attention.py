@@ -176,6 +176,7 @@ def test_an_unknown_backend_is_refused_by_name():
 ])
 def test_auto_chooses_by_device_dtype_and_length(monkeypatch, device, dtype, tokens, gradients, expected):
     monkeypatch.setattr(native, "_cpu", object())           # as if it were built
+    monkeypatch.setattr(native, "Tensor", SimpleNamespace)  # as if there were such tensors here
     qkv = SimpleNamespace(device=torch.device(device), dtype=dtype, shape=(1, tokens, 3, 2, 64), stride=lambda axis: 1)
     assert choose(qkv, gradients) == expected
     monkeypatch.setattr(native, "_cpu", None)

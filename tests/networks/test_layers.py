@@ -1,4 +1,4 @@
-"""The linear layer and the GELU of the transformer. Oracle: PyTorch's own, in float64."""
+"""The linear layer, the GELU and the modulated norm of the transformer. Oracle: PyTorch's own, in float64."""
 
 import os
 
@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from miniflux.engine import native
-from miniflux.networks.layers import Linear, TanhGELU, tanh_gelu
+from miniflux.networks.layers import Linear, TanhGELU, modulate, tanh_gelu
 
 built = pytest.mark.skipif(native._cpu is None and os.environ.get("MINIFLUX_REQUIRE_NATIVE") != "1",
                            reason="miniflux._cpu is not built: there is no compiler here")
@@ -78,3 +78,22 @@ def test_the_gelu_is_pytorchs_with_the_tanh_formula():
         assert torch.equal(tanh_gelu(part), tanh_gelu(part.contiguous()))
     assert tanh_gelu(torch.tensor([[torch.nan, torch.inf]])).tolist()[0][1] == torch.inf
     assert tanh_gelu(torch.tensor([torch.nan])).isnan()
+
+
+def test_the_modulated_norm_is_layer_norm_times_one_plus_scale_plus_shift():
+    torch.manual_seed(0)
+    x = 3 + torch.randn(3, 5, 33)                                               # B, S and channels that are no round numbers
+    parts = torch.randn(3, 1, 6 * 33).chunk(6, dim=-1)                          # as the modulation gives them
+
+    def by_hand(x, shift, scale):
+        x, shift, scale = x.double(), shift.double(), scale.double()
+        return (1 + scale) * (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, unbiased=False) + 1e-6).sqrt() + shift
+
+    for shift, scale in ((parts[0], parts[1]), (parts[4].contiguous(), parts[3])):
+        assert error(modulate(x, shift, scale), by_hand(x, shift, scale)) < 1e-6
+    assert torch.equal(modulate(x.transpose(0, 1).contiguous().transpose(0, 1), *parts[:2]), modulate(x, *parts[:2]))
+    for_each_token = torch.randn(2, 3, 5, 33)                                   # PyTorch's way takes these too
+    assert error(modulate(x, *for_each_token), by_hand(x, *for_each_token)) < 1e-6
+    one = parts[0][:1], parts[1][:1]                                            # one picture's modulation for all
+    assert error(modulate(x, *one), by_hand(x, *one)) < 1e-6
+    assert modulate(torch.full((1, 2, 8), 5.0), torch.ones(1, 1, 8), torch.zeros(1, 1, 8)).eq(1).all()  # a constant row: the shift
