@@ -30,6 +30,7 @@ PARTS = {
 }
 # Where the text encoders come from when a folder in the original layout brings none.
 TEXT_ENCODERS = {"": "openai/clip-vit-large-patch14", "_2": "google/t5-v1_1-xxl"}
+VARIANT = "variant.json"                                    # of a folder that holds a LoRA which turns a shipped model into another
 IMAGE_ENCODER = "google/siglip-so400m-patch14-384"         # and Redux's, where its folder brings none
 
 
@@ -77,7 +78,8 @@ def find_device(name: torch.device | str | None = None) -> torch.device:
 
 def shipped_models() -> dict[str, Path]:
     """The models that come with the package: name -> folder."""
-    return {folder.name: folder for folder in sorted(SHIPPED.glob("*/")) if (folder / "model_index.json").is_file()}
+    return {folder.name: folder for folder in sorted(SHIPPED.glob("*/"))
+            if (folder / "model_index.json").is_file() or (folder / VARIANT).is_file()}
 
 
 def find_source(source: str | Path) -> Path:
@@ -121,6 +123,8 @@ def load(source: str | Path = "tiny", *, device: torch.device | str | None = Non
 def assemble(source: str | Path, device: torch.device, dtype: torch.dtype | None, transformer: str | Path | None = None) -> Flux:
     """The model of `load`, from its files; with the dtype None, as they hold it."""
     folder = find_source(source)
+    if (folder / VARIANT).is_file():
+        return assemble_variant(folder, device, dtype, transformer)
     if find_part(folder, "image_embedder") and not find_part(folder, "transformer"):
         return add_redux(assemble("dev", device, dtype, transformer), folder)
     override = None if transformer is None else Path(transformer).expanduser()
@@ -139,6 +143,17 @@ def assemble(source: str | Path, device: torch.device, dtype: torch.dtype | None
                 read_config(str(source), folder, mmdit, t5_tokenizer, own_schedule=override is None))
     check_fit(flux, folder)
     return add_redux(flux, folder) if "image_embedder" in files else flux
+
+
+def assemble_variant(folder: Path, device: torch.device, dtype: torch.dtype | None, transformer: str | Path | None) -> Flux:
+    """A shipped model with the LoRA of this folder merged into it for good; it may widen the first layer."""
+    from .adapters.lora import merged_for_good
+
+    base, shipped = read_json(folder / VARIANT).get("base"), shipped_models()
+    if base not in shipped or (shipped[base] / VARIANT).is_file():
+        raise ValueError(f"{folder / VARIANT} names the base {base!r:.60}: expected a shipped model such as tiny")
+    flux = merged_for_good(assemble(base, device, dtype, transformer), folder / "lora.safetensors")
+    return replace(flux, config=replace(flux.config, name=folder.name))
 
 
 def add_redux(flux: Flux, source: str | Path, image_encoder: str | Path | None = None) -> Flux:

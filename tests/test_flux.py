@@ -380,3 +380,25 @@ def test_a_device_that_is_not_here_is_refused(device):
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float64, torch.float8_e4m3fn, "float16"])
 def test_a_type_that_is_none_of_three_is_refused(folder, dtype):
     refused("expected torch.float32, torch.bfloat16 or torch.float16", folder, dtype=dtype)
+
+
+def test_a_variant_is_a_shipped_model_with_a_lora_merged_for_good(tmp_path):
+    """Here a random one that widens the first layer, as for fill: 384 channels a token."""
+    from safetensors.torch import save_file
+
+    from miniflux import fill, remove_lora
+    draw = torch.Generator().manual_seed(0)
+    a, b = torch.randn(4, 384, generator=draw) * 0.1, torch.randn(192, 4, generator=draw) * 0.1
+    save_file({"img_in.lora_A.weight": a, "img_in.lora_B.weight": b}, tmp_path / "lora.safetensors")
+    (tmp_path / "variant.json").write_text('{"base": "tiny"}')
+    base, variant = load("tiny", device="cpu"), load(tmp_path, device="cpu")
+    assert variant.config.name == tmp_path.name and variant.mmdit.config.in_channels == 384 and variant.loras is None
+    expected = torch.nn.functional.pad(base.mmdit.img_in.weight, (0, 320)) + b @ a
+    assert torch.allclose(variant.mmdit.img_in.weight, expected, atol=1e-6)
+    picture, = fill(variant, "an owl", torch.full((3, 128, 128), 0.5), torch.ones(128, 128), steps=1, progress=False)
+    assert picture.size == (128, 128)
+    with pytest.raises(ValueError, match="no LoRA to remove"):
+        remove_lora(variant)
+    (tmp_path / "variant.json").write_text('{"base": "../tiny"}')
+    with pytest.raises(ValueError, match="names the base '../tiny': expected a shipped model such as tiny"):
+        load(tmp_path, device="cpu")

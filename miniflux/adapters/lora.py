@@ -77,6 +77,15 @@ def add_lora(flux: Flux, path: str | Path, scale: float = 1.0, name: str | None 
     return with_loras(flux, LoRAs(loras.base, (*loras.added, LoRA(name, parsed.deltas, scale, merge))))
 
 
+def merged_for_good(flux: Flux, path: Path) -> Flux:
+    """A model that is made of another one and a file: its LoRA cannot be removed, and may widen the first layer as it likes."""
+    base = {part: getattr(flux, part) for part in NETWORKS}
+    parsed = read_lora(path, targets(*base.values()))
+    if parsed.unmatched:
+        raise ValueError(f"{path} {parsed}; not matched are {listing(parsed.unmatched)}")
+    return replace(with_loras(flux, LoRAs(base, (LoRA(path.stem, parsed.deltas, 1.0, merge=True),))), loras=None)
+
+
 def set_lora_scales(flux: Flux, scales: Mapping[str, float]) -> Flux:
     """The model with other scales: {name: scale}; LoRAs that are not named keep theirs."""
     have = names(flux)
