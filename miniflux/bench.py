@@ -5,10 +5,13 @@
 
     picture       one picture of the tiny model, everything loaded, and its share per step
     cold          a fresh process: from the command to the file on disk
+    attention     norm, rotation and attention of a block by every backend
     load          peak memory of loading, as a multiple of the checkpoint
     tasks         a step of each task beside one of generate
     lora          merging a LoRA into a block of FLUX.1's size, beside reading its file and copying the weights
     quantize      memory, a step and what the judge of the tiny world says, for each format
+    autoencoder   peak memory of reading and painting large pictures, as a whole and in tiles
+    caching       time and pictures of caches, beside as many plain steps as their time would buy
     tokenizers    a prompt of 512 tokens
     disk          peak memory of a step of FLUX.1's size from disk; writes 33 GB, and only when it is named
 
@@ -35,7 +38,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from .adapters.lora import add_lora
+from .bench_attention import bench_attention
 from .bench_disk import bench_disk
+from .bench_engine import bench_autoencoder, bench_caching
 from .checkpoints.formats import read_safetensors
 from .cli import Parser
 from .control import control
@@ -255,8 +260,9 @@ def bench_tokenizers(source: str) -> None:
         print(f"{name:36} {1e3 * medians(lambda: tokenizer([next(fresh)], 512), runs=20)[0]:9.2f} ms")
 
 
-BENCHES = {"picture": bench_picture, "cold": bench_cold, "load": bench_load, "tasks": bench_tasks,
-           "lora": bench_lora, "quantize": bench_quantize, "tokenizers": bench_tokenizers, "disk": bench_disk}
+BENCHES = {"picture": bench_picture, "cold": bench_cold, "attention": bench_attention, "load": bench_load, "tasks": bench_tasks,
+           "lora": bench_lora, "quantize": bench_quantize, "autoencoder": bench_autoencoder, "caching": bench_caching,
+           "tokenizers": bench_tokenizers, "disk": bench_disk}
 
 
 def main() -> None:
@@ -267,8 +273,9 @@ def main() -> None:
     if unknown := [name for name in args.tables if name not in BENCHES]:
         parser.error(f"there is no table {unknown[0]!r}: expected some of {', '.join(BENCHES)}")
     names = args.tables or [name for name in BENCHES if name != "disk"]
-    if {"picture", "cold"} & set(names) and not all(map(find_spec, ("diffusers", "transformers"))):
-        parser.error("picture and cold compare with diffusers: `pip install diffusers transformers`, or name other tables")
+    if {"picture", "cold", "attention", "autoencoder"} & set(names) and not all(map(find_spec, ("diffusers", "transformers"))):
+        parser.error("picture, cold, attention and autoencoder compare with diffusers: `pip install diffusers transformers`, or name "
+                     "other tables")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     machine = platform.processor() or platform.machine()
     print(f"{machine}, {torch.get_num_threads()} threads, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}")
