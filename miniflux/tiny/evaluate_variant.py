@@ -1,5 +1,7 @@
 """Measures what a variant adds: does it fill the hole, follow the edges, keep to the depths? Held-out combinations only.
 
+    python -m miniflux.tiny.evaluate_variant fill --model tiny-training/fill
+
     fill      the judge (`evaluate.py`) finds the object in the hole; the rest differs by so many grey levels
     canny     edges of the result within 2 pixels of those given, and the other way round: precision, recall, F1
     depth     the part that differs from the ground is the part that was given as near: intersection over union
@@ -13,15 +15,17 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from ..cli import Parser
 from ..control import control
 from ..fill import fill
-from ..flux import Flux
+from ..flux import Flux, load
+from ..images import check_number, check_output, save
 from .evaluate import judge, round_trip
 from .pairs import depth_map, edges
-from .scenes import SIDE, Scene, object_masks, paint_ground, render, sample_scene
+from .scenes import SIDE, Scene, contact_sheet, object_masks, paint_ground, render, sample_scene
+from .train_variant import VARIANTS
 
 BATCH = 16
-KINDS = {2: "canny or depth", 6: "fill"}                # by the input channels of the transformer
 
 
 def object_box(scene: Scene, room: int = 6) -> np.ndarray:
@@ -70,3 +74,24 @@ def measure(flux: Flux, variant: str, count: int, seed: int = 0, steps: int = 28
         else:
             figures[f"overlap with what is near{suffix}"] = float(np.mean([overlap(result, scene) for result, scene in zip(results, scenes)]))
     return figures, pictures
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = Parser(prog="python -m miniflux.tiny.evaluate_variant", description="Measure a variant on held-out combinations.")
+    parser.add_argument("variant", choices=list(VARIANTS), help="what the model is made for")
+    parser.add_argument("--model", required=True, help="a shipped name or a folder (required)")
+    parser.add_argument("--pictures", type=int, default=50, help="how many to paint (default 50)")
+    parser.add_argument("--output", default="evaluation.png", help="the contact sheet to write (default evaluation.png)")
+    args = parser.parse_args(argv)
+    try:
+        output = check_output(args.output)
+        check_number("--pictures", args.pictures, 1, 100_000, whole=True)
+        figures, pictures = measure(load(args.model), args.variant, args.pictures)
+        save(contact_sheet(list(pictures[:32]), [""] * 32), output, {"model": args.model})
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+        parser.error(str(error))
+    print("\n".join(f"{name:36}{value:8.3f}" for name, value in figures.items()) + f"\n{output}")
+
+
+if __name__ == "__main__":
+    main()

@@ -66,7 +66,8 @@ def train_variant_stage(work: Path, stage: str, steps: int | None, minutes: floa
                         base: str) -> None:
     """A variant of a model that is there, by default the shipped one."""
     flux, student = (load(base, device=device, dtype=torch.float32) for _ in range(2))
-    print(train_variant.run(work / stage, stage, flux, student, steps, minutes, scenes, lr=2e-3))
+    train_variant.run(work / stage, stage, flux, student, steps, minutes, scenes, lr=2e-3)
+    vocabulary.write_json(work / stage / "variant.json", {"base": base})     # `load` opens the stage's folder
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -34,6 +34,7 @@ from .train_flow import BATCH, SIDE, noisy
 from .training import train
 
 RANK = 32
+SHOWN = 16                          # pictures on a sample sheet
 FILL_GUIDANCE = 30 / 3.5            # fill's guidance is 30 where the base model's is 3.5
 
 
@@ -84,6 +85,7 @@ def with_factors(mmdit: MMDiT, further: int) -> dict[str, LowRank]:
 def encode_variant(flux: Flux, inputs: Callable, count: int, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Scene]]:
     """`count` scenes: their tokens, further channels and encoded captions, all in bfloat16; and the first scenes."""
     rng, columns, kept = random.Random(seed), [], []
+    flux.autoencoder.to(memory_format=torch.channels_last)
     for begin in range(0, count, 64):
         scenes = [sample_scene(rng) for _ in range(min(64, count - begin))]
         pictures = np.stack([render(scene) for scene in scenes])
@@ -116,10 +118,10 @@ def run(folder: Path, variant: str, base: Flux, student: Flux, steps: int | None
     def on_save(step: int, ema: dict[str, Tensor]) -> dict:
         now = {name: value.clone() for name, value in mmdit.state_dict().items()}
         mmdit.load_state_dict(ema)
-        pictures, masks = np.stack([render(scene) for scene in shown[:16]]), random.Random(1)
-        keywords, captions = dict(steps=16, progress=False), [scene.caption for scene in shown[:16]]
+        pictures, masks = np.stack([render(scene) for scene in shown[:SHOWN]]), random.Random(1)
+        keywords, captions = dict(steps=16, progress=False), [scene.caption for scene in shown[:SHOWN]]
         if variant == "fill":
-            holes = [np.uint8(255) * hole(scene, masks) for scene in shown[:16]]
+            holes = [np.uint8(255) * hole(scene, masks) for scene in shown[:SHOWN]]
             painted = fill(student, captions, list(pictures), holes, **keywords)
             given = [np.where(mask[..., None] > 0, 128, picture).astype(np.uint8) for mask, picture in zip(holes, pictures)]
         else:
