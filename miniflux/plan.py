@@ -10,6 +10,7 @@ the device, else the parts in turn (`engine/offload.py`). Quantising changes pic
 
 import os
 import re
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -18,7 +19,7 @@ import torch
 from torch import nn
 
 from .checkpoints.building import WithoutInitialisation
-from .checkpoints.formats import only_shapes
+from .checkpoints.formats import joined_on_disk, only_shapes
 from .checkpoints.hub import OFFICIAL, find_in_cache
 from .engine import offload
 from .engine.modulation import LIMIT, precompute_modulation
@@ -163,7 +164,8 @@ def load_fitting(source: str | Path, device: torch.device, dtype: torch.dtype, t
     if mode == "whole":
         return assemble(source, device, dtype, transformer)
     # Note: in the files' own dtype, so that the weights stay mapped; each part is converted when it comes.
-    return offload.offload(assemble(source, torch.device("cpu"), None, transformer), device, mode, dtype=dtype)
+    with joined_on_disk() if mode == "disk" else nullcontext():
+        return offload.offload(assemble(source, torch.device("cpu"), None, transformer), device, mode, dtype=dtype)
 
 
 def main() -> None:

@@ -12,6 +12,8 @@ file. Nothing is ever unpickled.
 import json
 import math
 import os
+import shutil
+import tempfile
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
@@ -121,7 +123,7 @@ def read_safetensors(path: str | os.PathLike, apart: Callable[[str], bool] = lam
     return tensors
 
 
-_only_shapes = False
+_only_shapes = _on_disk = False
 
 
 @contextmanager
@@ -135,6 +137,23 @@ def only_shapes():
         _only_shapes = before
 
 
+@contextmanager
+def joined_on_disk():
+    """Within, what is joined from several tensors of a file is mapped from a file again."""
+    global _on_disk
+    before, _on_disk = _on_disk, True
+    try:
+        yield
+    finally:
+        _on_disk = before
+
+
+def cat(tensors: list[Tensor]) -> Tensor:
+    """The tensors one below the other."""
+    large = sum(tensor.nbytes for tensor in tensors) > SPAN // 16 and len({tensor.dtype for tensor in tensors}) == 1
+    return spill([tensors])[0] if _on_disk and large and not tensors[0].is_meta else torch.cat(tensors)
+
+
 def view(data: np.ndarray, dtype: torch.dtype, shape: list[int]) -> Tensor:
     """Bytes as a tensor; without a copy, unless the header's length has put them at an odd address."""
     if _only_shapes and len(shape) > 1 and dtype.is_floating_point:
@@ -142,6 +161,34 @@ def view(data: np.ndarray, dtype: torch.dtype, shape: list[int]) -> Tensor:
     if not len(data):
         return torch.empty(shape, dtype=dtype)
     return torch.from_numpy(np.array(data) if data.ctypes.data % dtype.itemsize else data).view(dtype).view(shape)
+
+
+def spill(groups: list[list[Tensor]]) -> list[Tensor]:
+    """The tensors of each group, one below the other, mapped from a file without a name in the folder for temporary files, which goes
+    when they go."""
+    if not groups:
+        return []
+    sizes = [sum(tensor.nbytes for tensor in group) for group in groups]
+    folder, need = tempfile.gettempdir(), sum(sizes)
+    if (free := shutil.disk_usage(folder).free) < need:
+        raise ValueError(f"{need / 1e9:.1f} GB of this model are not in a file as they are, and {folder} has {free / 1e9:.1f} GB free: "
+                         "set TMPDIR to a folder with more, or load a checkpoint in its own dtype, in the original layout")
+    # Note: a matrix that is stored by columns stays so.
+    turned = [len(group) == 1 and group[0].ndim == 2 and group[0].stride(0) == 1 for group in groups]
+    with tempfile.TemporaryFile(dir=folder) as file:
+        begins = []
+        for group, by_columns in zip(groups, turned):
+            begins.append(file.seek(-file.tell() % 64, os.SEEK_CUR))
+            for tensor in group:
+                rows = (tensor.t() if by_columns else tensor).detach().contiguous()
+                file.write(memoryview(rows.flatten().view(torch.uint8).numpy()))
+        file.flush()
+        data, pieces = np.memmap(file, np.uint8, mode="c"), []
+    for group, begin, size, by_columns in zip(groups, begins, sizes, turned):
+        shape = group[0].t().shape if by_columns else (sum(map(len, group)), *group[0].shape[1:])
+        piece = view(data[begin:begin + size], group[0].dtype, list(shape))
+        pieces.append(piece.t() if by_columns else piece)
+    return pieces
 
 
 def unsafe(path: Path) -> ValueError:

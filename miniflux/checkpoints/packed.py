@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .blocks import BLOCKS
+from .formats import cat
 
 NF4 = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
        -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
@@ -81,9 +82,9 @@ def join(weights: list[Tensor | Packed]) -> Tensor | Packed:
     kinds = {weight.kind if isinstance(weight, Packed) else None for weight in weights}
     if kinds == {None} or len(kinds) > 1:
         weights = [dense(weight) for weight in weights]
-        return torch.cat(weights) if len(weights) > 1 else weights[0]
+        return cat(weights) if len(weights) > 1 else weights[0]
     first, rows = weights[0], sum(map(len, weights))
-    parts = {name: torch.cat([weight.parts[name] for weight in weights]) for name in first.parts} if len(weights) > 1 else first.parts
+    parts = {name: cat([weight.parts[name] for weight in weights]) for name in first.parts} if len(weights) > 1 else first.parts
     return Packed(first.kind, torch.Size((rows, *first.shape[1:])), parts)
 
 

@@ -16,20 +16,16 @@ as it was, bit for bit where the device is the same one. Seam: model -> model.
 
 import ctypes
 import mmap
-import os
 import re
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..checkpoints.building import place
-from ..checkpoints.formats import view
+from ..checkpoints.formats import spill
 from ..checkpoints.packed import PackedLinear
 from ..flux import Flux, find_device
 from ..networks.autoencoder import Autoencoder
@@ -49,7 +45,7 @@ def offload(flux: Flux, device: torch.device | str, mode: str = "model", *, pref
     mode: see above. prefetch: whether the next part is on its way meanwhile; in the modes block and leaf with CUDA, this keeps the
     weights in page-locked memory. dtype: what to compute in (default: as the weights are); each part is converted when it comes. In
     the mode disk, what is not mapped from a file (joined, merged or converted weights) is written to one in the folder for temporary
-    files, which the variable TMPDIR sets.
+    files, which the variable TMPDIR sets; `load(..., fit=True)` does so with what it joins, piece by piece.
 
     It comes last: an offloaded model takes no more LoRAs, and those that it has become part of it. Raises ValueError for another mode
     or device, and for a model that is offloaded already. The given model stays as it is; drop it to free its memory."""
@@ -161,7 +157,7 @@ class Turns:
         if ranges is None:                                  # Note: elsewhere the system itself takes back what it can read again
             return
         loose = [slot for slot in going if not is_within(slot[2], ranges)]
-        for (holder, name, tensor), mapped in zip(loose, spill([tensor for *_, tensor in loose])):
+        for (holder, name, tensor), mapped in zip(loose, spill([[tensor] for *_, tensor in loose])):
             self.put(holder, name, mapped)
         self.mapped |= {holder[name].data_ptr(): holder[name] for holder, name, _ in going}
         for holder, name, _ in going:
@@ -265,25 +261,3 @@ def mapped_ranges() -> list[tuple[int, int]] | None:
 def is_within(tensor: Tensor, ranges: list[tuple[int, int]]) -> bool:
     begin, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
     return tensor.device.type == "cpu" and any(low <= begin and end <= high for low, high in ranges)
-
-
-def spill(tensors: list[Tensor]) -> list[Tensor]:
-    """The tensors mapped from a file without a name, which goes when they go."""
-    if not tensors:
-        return []
-    need, folder = sum(tensor.nbytes for tensor in tensors), tempfile.gettempdir()
-    if (free := shutil.disk_usage(folder).free) < need:
-        raise ValueError(f"{need / 1e9:.1f} GB of this model are not in a file as they are, and {folder} has {free / 1e9:.1f} GB free: "
-                         "set TMPDIR to a folder with more, or load a checkpoint in its own dtype, in the original layout")
-    result = []
-    with tempfile.TemporaryFile(dir=folder) as file:
-        for tensor in tensors:
-            begin, turned = file.tell(), tensor.ndim == 2 and tensor.stride(0) == 1  # stored by columns
-            rows = tensor.detach().cpu()
-            rows = (rows.t() if turned else rows).contiguous()
-            file.write(memoryview(rows.flatten().view(torch.uint8).numpy()))
-            file.flush()
-            data = view(np.memmap(file, np.uint8, mode="c", offset=begin, shape=rows.nbytes), rows.dtype, list(rows.shape))
-            result.append(data.t() if turned else data)
-            file.seek(-(begin + rows.nbytes) % 64, os.SEEK_CUR)
-    return result

@@ -2,6 +2,7 @@
 
 import gc
 import json
+import os
 import random
 import re
 import struct
@@ -19,6 +20,7 @@ from miniflux.checkpoints.formats import (
     read_safetensors,
     read_sharded,
 )
+from miniflux.engine.offload import is_within, mapped_ranges
 
 ENTRY = {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}
 
@@ -259,3 +261,33 @@ def test_a_list_of_names_stays_short():
     assert listing(["a", "b"]) == "a, b"
     assert listing([str(i) for i in range(1000)]) == "0, 1, 2, 3, 4 and 995 more"
     assert listing(["a\nb", "c" * 1000]) == r"a\nb, " + "c" * 100
+
+
+# --------------------------------------------------------------------------------------------------------- mapped again
+
+
+@pytest.mark.parametrize("tensor", [
+    torch.randn(30, 50), torch.randn(50, 30).t(), torch.randn(7, dtype=torch.bfloat16), torch.randn(4, 3, 3, 3)[:, ::2],
+    torch.randint(0, 255, (5, 9), dtype=torch.uint8), torch.randn(3, 5).to(torch.float8_e4m3fn)], ids=lambda t: f"{t.dtype}{list(t.shape)}")
+def test_spilled_tensors_have_the_same_numbers_and_the_same_order_in_memory(tensor):
+    first, mapped = formats.spill([[torch.ones(3)], [tensor]])
+    assert torch.equal(mapped.float(), tensor.float()) and mapped.dtype == tensor.dtype and torch.equal(first, torch.ones(3))
+    assert mapped.stride() == tensor.stride() or not tensor.is_contiguous() and tensor.ndim == 4
+
+
+def test_many_spilled_tensors_keep_one_file_open():
+    """A process may have as few as 256."""
+    before = len(os.listdir("/proc/self/fd")) if sys.platform == "linux" else 0
+    mapped = formats.spill([[torch.full((9,), float(i))] for i in range(3000)])
+    assert all(float(tensor[8]) == i for i, tensor in enumerate(mapped))
+    assert sys.platform != "linux" or len(os.listdir("/proc/self/fd")) <= before + 1
+
+
+def test_what_is_joined_is_mapped_from_a_file_only_within_the_context():
+    big, small = torch.randn(2000, 300), torch.randn(2, 3)
+    assert torch.equal(formats.cat([big, big]), torch.cat([big, big]))
+    with formats.joined_on_disk():
+        joined = formats.cat([big, big])
+        assert torch.equal(joined, torch.cat([big, big])) and torch.equal(formats.cat([small, small]), torch.cat([small, small]))
+    if sys.platform == "linux":
+        assert is_within(joined, mapped_ranges()) and not is_within(formats.cat([big, big]), mapped_ranges())

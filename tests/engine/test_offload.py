@@ -15,11 +15,12 @@ from safetensors.torch import save_file
 from torch import nn
 
 from miniflux import add_lora, generate, image_to_image, load
+from miniflux.checkpoints import formats
 from miniflux.checkpoints.formats import read_safetensors
 from miniflux.checkpoints.packed import PackedLinear
 from miniflux.engine import offload as module
 from miniflux.engine.modulation import Ahead
-from miniflux.engine.offload import MODES, Turns, change_networks, is_within, mapped_ranges, offload, slots, spill, takers
+from miniflux.engine.offload import MODES, Turns, change_networks, is_within, mapped_ranges, offload, slots, takers
 from miniflux.engine.quantize import quantize
 from miniflux.engine.tiling import tile
 from miniflux.networks.mmdit import MMDiT, MMDiTConfig
@@ -254,17 +255,8 @@ class TestPages:
         assert a.sum() == 300_000
 
 
-@pytest.mark.parametrize("tensor", [
-    torch.randn(30, 50), torch.randn(50, 30).t(), torch.randn(7, dtype=torch.bfloat16), torch.randn(4, 3, 3, 3)[:, ::2],
-    torch.randint(0, 255, (5, 9), dtype=torch.uint8), torch.randn(3, 5).to(torch.float8_e4m3fn)], ids=lambda t: f"{t.dtype}{list(t.shape)}")
-def test_spilled_tensors_have_the_same_numbers_and_the_same_order_in_memory(tensor):
-    first, mapped = spill([torch.ones(3), tensor])
-    assert torch.equal(mapped.float(), tensor.float()) and mapped.dtype == tensor.dtype and torch.equal(first, torch.ones(3))
-    assert mapped.stride() == tensor.stride() or not tensor.is_contiguous() and tensor.ndim == 4
-
-
 def test_too_little_disk_for_what_is_not_in_a_file_is_said_in_one_sentence(flux, monkeypatch):
-    monkeypatch.setattr(module.shutil, "disk_usage", lambda folder: types.SimpleNamespace(free=1000))
+    monkeypatch.setattr(formats.shutil, "disk_usage", lambda folder: types.SimpleNamespace(free=1000))
     with pytest.raises(ValueError, match="of this model are not in a file as they are, and .* has 0.0 GB free: set TMPDIR"):
         offload(flux, "cpu", "disk")
 
