@@ -9,8 +9,9 @@ from pipelines import difference, mean_of_the_posterior  # noqa: F401
 from reference import clip_vision, controlnet, ip_adapter_state, small_pipeline
 from safetensors.torch import save_file
 
-from miniflux import add_ip_adapter, add_lora, generate, kontext_edit, load, load_controlnet
+from miniflux import add_ip_adapter, add_lora, cli, generate, kontext_edit, load, load_controlnet
 from miniflux.engine.caching import Series, Streams, cache
+from miniflux.engine.tiling import tile
 from miniflux.sampling import flow
 
 EDGES = Image.effect_noise((64, 48), 90).convert("RGB")
@@ -250,3 +251,33 @@ def test_wrong_settings_get_one_sentence(flux, arguments, sentence):
 def test_a_second_cache_gets_one_sentence(flux):
     with pytest.raises(ValueError, match="this model is cached already"):
         cache(cache(flux), "taylor")
+
+
+def command(folder, path, *flags):
+    cli.run(cli.parser("generate", ""), generate, argv=["a red apple", "--model", str(folder), "--device", "cpu", "--width", "64", "--height", "48",
+            "--steps", "6", "--max-text-tokens", "8", "--quiet", "--output", str(path), *flags])
+
+
+@pytest.mark.parametrize("flags, method, settings", [
+    (["--cache", "taylor", "--cache-interval", "2"], "taylor", dict(interval=2)),
+    (["--cache-threshold", "0.55", "--tile", "32"], "first_block", dict(threshold=0.55)), (["--cache", "first_block"], "first_block", {})])
+def test_the_commands_flags_are_the_functions_keywords(folder, flux, tmp_path, flags, method, settings):
+    command(folder, tmp_path / "a.png", *flags)
+    cached = cache(tile(flux, 32) if "--tile" in flags else flux, method, **settings)
+    expected, = paint(cached, steps=6, seed=0, max_text_tokens=8, output="pil")
+    with Image.open(tmp_path / "a.png") as picture:
+        assert picture.tobytes() == expected.tobytes()
+        assert all(flag in picture.text["command"] for flag in flags)
+
+
+@pytest.mark.parametrize("flags, sentence", [
+    (["--cache", "taylor", "--cache-threshold", "0.1"], "the cache 'taylor' has no threshold"),
+    (["--cache-interval", "2"], "the cache 'first_block' has no interval"),
+    (["--tile", "33"], "the size of a tile is 33: expected a multiple of 32 pixels"),
+    (["--shard"], "this process is alone: start several with `torchrun"),
+])
+def test_wrong_flags_get_one_line(folder, tmp_path, capsys, flags, sentence):
+    with pytest.raises(SystemExit) as stop:
+        command(folder, tmp_path / "a.png", *flags)
+    error = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and sentence in error[-1] and not list(tmp_path.iterdir())
