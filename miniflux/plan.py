@@ -81,7 +81,7 @@ def expect(flux: Flux, mode: str, form: str | None, width: int, height: int, num
     networks |= {f"adapter {i}": adapter for i, adapter in enumerate(flux.ip_adapters)}
     size = {name: nbytes(network) for name, network in networks.items()}
     turn = {name: size[name] if mode == "whole" else at_once(network, mode, prefetch) for name, network in networks.items()}
-    staying = {name: size[name] if mode == "whole" else size[name] - going(network, mode) for name, network in networks.items()}
+    staying = {name: size[name] if mode == "whole" else size[name] - sum(parts(network, mode)) for name, network in networks.items()}
     working = dict.fromkeys(networks, 0) | activations(flux, width, height, num_images, text_tokens)
     ahead = min(LIMIT, steps * num_images) * sum(layer.out_features * layer_width(flux) for layers in apart.values()
                                                  for layer in layers.layers.modules() if isinstance(layer, nn.Linear))
@@ -103,14 +103,8 @@ def layer_width(flux: Flux) -> int:
 
 
 def parts(network: nn.Module, mode: str) -> list[int]:
-    """The bytes of each of its parts that take turns."""
-    staying = [id(tensor) for *_, tensor in offload.slots(network.img_in)] if isinstance(network, MMDiT) else []
-    return [sum(tensor.nbytes for *_, tensor in offload.slots(part) if tensor.numel() > offload.SMALL and id(tensor) not in staying)
-            for part in offload.takers(network, mode)]
-
-
-def going(network: nn.Module, mode: str) -> int:
-    return sum(parts(network, mode))
+    """The bytes that come and go with each of its parts that take turns."""
+    return [sum(tensor.nbytes for *_, tensor in slots) for slots in offload.movable(network, mode)]
 
 
 def at_once(network: nn.Module, mode: str, prefetch: bool) -> int:

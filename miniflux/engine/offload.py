@@ -30,11 +30,14 @@ from ..checkpoints.packed import PackedLinear
 from ..flux import Flux, find_device
 from ..networks.autoencoder import Autoencoder
 from ..networks.mmdit import MMDiT
+from ..networks.siglip import SigLIP
 from ..networks.t5 import T5
 from .around import with_parts
 from .modulation import Modulations, precompute_modulation
 
 MODES = ("model", "block", "leaf", "disk")
+# Note: these stay even when all else goes: they tell the others where the network is, and in which dtype it wants its input.
+TELLING = {MMDiT: "img_in", SigLIP: "vision_model.embeddings.patch_embedding"}
 SMALL = 4096               # numbers of a tensor that stays: norms, and T5's table of distances, which is read before its block runs
 
 
@@ -81,7 +84,7 @@ def takers(network: nn.Module, mode: str) -> list[nn.Module]:
     if mode == "model" or not isinstance(network, (MMDiT, T5)):
         return [network]
     if mode == "leaf":
-        return [module for name, module in network.named_modules() if isinstance(module, (nn.Linear, nn.Embedding)) and name != "img_in"]
+        return [module for module in network.modules() if isinstance(module, (nn.Linear, nn.Embedding))]
     if isinstance(network, T5):
         return [network.shared, *network.encoder.block]
     return [*network.double_blocks, *network.single_blocks]
@@ -95,6 +98,13 @@ def slots(module: nn.Module) -> Iterator[Slot]:
     for owner in module.modules():
         for holder in (owner._parameters, owner._buffers):
             yield from [(holder, name, tensor) for name, tensor in holder.items() if tensor is not None]
+
+
+def movable(network: nn.Module, mode: str) -> list[list[Slot]]:
+    """For each part that takes turns, what comes and goes with it."""
+    telling = network.get_submodule(TELLING[type(network)]) if type(network) in TELLING else nn.Identity()
+    staying = [id(tensor) for *_, tensor in slots(telling)]
+    return [[slot for slot in slots(part) if slot[2].numel() > SMALL and id(slot[2]) not in staying] for part in takers(network, mode)]
 
 
 class Turns:
@@ -117,10 +127,8 @@ class Turns:
     def rule(self, network: nn.Module) -> nn.Module:
         """A copy of the network whose parts take turns."""
         network = own(network)
-        parts = takers(network, self.mode)
-        # Note: img_in stays even when all else goes: it tells the others where the transformer is, and in which dtype.
-        staying = [id(tensor) for *_, tensor in slots(network.img_in)] if isinstance(network, MMDiT) else []
-        going = [slot for part in parts for slot in slots(part) if slot[2].numel() > SMALL and id(slot[2]) not in staying]
+        movables = movable(network, self.mode)
+        parts, going = [part for part, slots in zip(takers(network, self.mode), movables) if slots], sum(movables, [])
         if self.mode == "disk":
             self.map(going)
         elif self.stream:

@@ -10,11 +10,12 @@ import types
 
 import pytest
 import torch
-from reference import small_pipeline
+from PIL import Image
+from reference import clip_vision, controlnet, ip_adapter_state, small_pipeline, small_redux
 from safetensors.torch import save_file
 from torch import nn
 
-from miniflux import add_lora, generate, image_to_image, load
+from miniflux import Prompt, add_ip_adapter, add_lora, add_redux, generate, image_to_image, load, load_controlnet, redux
 from miniflux.checkpoints import formats
 from miniflux.checkpoints.formats import read_safetensors
 from miniflux.checkpoints.packed import PackedLinear
@@ -23,6 +24,7 @@ from miniflux.engine.modulation import Ahead
 from miniflux.engine.offload import MODES, Turns, change_networks, is_within, mapped_ranges, offload, slots, takers
 from miniflux.engine.quantize import quantize
 from miniflux.engine.tiling import tile
+from miniflux.flux import Flux, FluxConfig
 from miniflux.networks.mmdit import MMDiT, MMDiTConfig
 from miniflux.prompt import encode_prompt
 
@@ -112,7 +114,7 @@ def without_numbers(monkeypatch):
 def test_one_part_at_a_time_is_on_the_device(flux, mode, without_numbers):
     """The device is meta, on which the networks run without numbers. Beside the part there is at most one modulation layer."""
     offloaded, seen = offload(flux, "meta", mode), {}
-    parts = [[part for network in group for part in takers(network, mode)]
+    parts = [[part for network in group for part in takers(network, mode) if part._forward_pre_hooks]
              for group in (networks(offloaded)[:-1], networks(offloaded)[-1:])]
     for group in parts:
         for part in group:
@@ -374,3 +376,58 @@ def test_pictures_are_read_by_an_offloaded_model_too(flux):
     for mode in MODES:
         a, b = (image_to_image(model, "an owl", picture, **SMALL) for model in (offload(flux, "cpu", mode), flux))
         assert torch.equal(a, b)
+
+
+@pytest.fixture(scope="module")
+def extras(folder, tmp_path_factory):
+    """The small model with Redux and an IP-Adapter, and a ControlNet for it."""
+    path = tmp_path_factory.mktemp("extras")
+    clip_vision().save_pretrained(path / "image_encoder")
+    save_file(ip_adapter_state(), path / "ip.safetensors")
+    controlnet().save_pretrained(path / "net")
+    flux = add_ip_adapter(add_redux(load(folder, device="cpu"), small_redux(path / "redux")), path / "ip.safetensors")
+    return flux, load_controlnet(path / "net", device="cpu")
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_redux_ip_adapters_and_controlnets_go_along(extras, mode):
+    flux, net = extras
+    picture = Image.effect_noise((40, 30), 90).convert("RGB")
+    for paint in (lambda flux: redux(flux, picture, **SMALL),
+                  lambda flux: generate(flux, "an owl", ip_image=picture, controlnet=(net, picture), **SMALL)):
+        assert torch.equal(paint(offload(flux, "cpu", mode)), paint(flux))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_redux_and_ip_adapters_are_converted_too(extras, mode):
+    """From bfloat16 to float32, in which their pictures are those of the numbers in bfloat16, computed in float32."""
+    stored, exact = (change_networks(extras[0], lambda network: copy.deepcopy(network).bfloat16()) for _ in range(2))
+    exact = change_networks(exact, lambda network: network.float())
+    picture = Image.effect_noise((40, 30), 90).convert("RGB")
+    for paint in (lambda flux: redux(flux, picture, **SMALL), lambda flux: generate(flux, "an owl", ip_image=picture, **SMALL)):
+        assert torch.allclose(paint(offload(stored, "cpu", mode, dtype=torch.float32)), paint(exact), atol=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------------------------ on a GPU
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+class TestOnAGPU:
+    @pytest.mark.parametrize("prefetch", [True, False])
+    @pytest.mark.parametrize("mode", MODES)
+    def test_a_picture_is_that_of_the_whole_model_on_it(self, folder, mode, prefetch):
+        whole, offloaded = load(folder, device="cuda"), offload(load(folder, device="cpu", dtype=torch.bfloat16), "cuda", mode, prefetch=prefetch)
+        for seed in range(3):
+            assert torch.equal(generate(offloaded, "an owl", seed=seed, **SMALL), generate(whole, "an owl", seed=seed, **SMALL))
+
+    @pytest.mark.parametrize("mode", ["block", "leaf", "disk"])
+    def test_a_few_blocks_are_on_it_at_most(self, mode):
+        config = MMDiTConfig(context_in_dim=64, vec_in_dim=24, hidden_size=1536, num_heads=12, depth=4, depth_single_blocks=24)
+        mmdit = MMDiT(config).bfloat16().requires_grad_(False)
+        size = sum(p.nbytes for p in mmdit.parameters())
+        flux = offload(Flux(None, None, None, None, mmdit, None, FluxConfig()), "cuda", mode)
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        prompt = Prompt(torch.randn(1, 8, 64), torch.randn(1, 24))
+        assert generate(flux, prompt, width=64, height=64, steps=3, output="latents", progress=False).isfinite().all()
+        assert torch.cuda.max_memory_reserved() < size / 4
