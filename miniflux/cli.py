@@ -9,6 +9,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial, reduce
 from pathlib import Path
 
@@ -18,13 +19,16 @@ from torch import Tensor
 from . import __version__
 from .adapters.ip_adapter import add_ip_adapter
 from .adapters.lora import add_lora
+from .checkpoints.formats import joined_on_disk
 from .controlnet import MODES, Control, load_controlnet
 from .engine import distributed
 from .engine.caching import METHODS, cache
 from .engine.compiling import compile
+from .engine.offload import MODES as TURNS
+from .engine.offload import offload
 from .engine.quantize import FORMATS, quantize
 from .engine.tiling import tile
-from .flux import Flux, list_models, load
+from .flux import Flux, assemble, find_device, list_models, load
 from .images import check_output, number, save, strip, to_pil
 from .info import marks, spell
 from .latents import decode
@@ -75,6 +79,7 @@ def parser(task: str, description: str, prompt: bool = True) -> Parser:
     p.add_argument("--lora-scales", type=float, nargs="+", metavar="SCALE", help="how strongly each of them acts (default: 1)")
     p.add_argument("--device", help="cuda, mps, cpu (default: the first of these there is)")
     p.add_argument("--dtype", choices=DTYPES, help="of the weights (default bfloat16, float32 on the CPU)")
+    p.add_argument("--offload", choices=TURNS, help="parts of the model take turns on the device (default: all are there)")
     p.add_argument("--cache", choices=METHODS, help="compute only a part of the steps in full (default: off)")
     p.add_argument("--cache-threshold", type=float, help="change of the first block up to which a step is not computed "
                                                          f"(default {METHODS['first_block']['threshold']})")
@@ -178,8 +183,10 @@ def run(p: Parser, paint: Callable, inputs: Callable[[Flux, argparse.Namespace],
         dtype = DTYPES.get(args.dtype)
         if args.shard:                                      # each process takes its share from the CPU's memory
             device, dtype = "cpu", dtype or (torch.float32 if str(device) == "cpu" else torch.bfloat16)
-        flux = load(args.model, device=device, dtype=dtype, transformer=args.transformer)
-        flux = adapt(flux, args)
+        if args.offload:
+            flux = offloaded(args, find_device(device), dtype)
+        else:
+            flux = adapt(load(args.model, device=device, dtype=dtype, transformer=args.transformer), args)
         look = partial(decode, flux)
         if args.preview_with:
             from .preview import load_preview
@@ -228,6 +235,14 @@ def on_finish(args: argparse.Namespace) -> OnFinish | None:
     if args.watermark:
         steps.append(add_watermark)
     return (lambda pictures: reduce(lambda seen, step: step(seen), steps, pictures)) if steps else None
+
+
+def offloaded(args: argparse.Namespace, device: torch.device, dtype: torch.dtype | None) -> Flux:
+    """The model whose parts come to the device in turn, from the files as they are: mapped, so that none is in memory twice."""
+    dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
+    with joined_on_disk() if args.offload == "disk" else nullcontext():
+        flux = assemble(args.model, torch.device("cpu"), None, args.transformer)
+    return offload(adapt(flux, args), device, args.offload, dtype=dtype)
 
 
 def lora_scales(args: argparse.Namespace) -> list[float]:

@@ -68,6 +68,18 @@ def test_a_model_is_quantised(folder, tmp_path):
         assert picture.tobytes() == expected.tobytes()
 
 
+@pytest.mark.parametrize("mode", ["block", "disk"])
+def test_an_offloaded_model_paints_the_same_with_its_loras(folder, tmp_path, mode):
+    from safetensors.torch import save_file
+    save_file({"diffusion_model.txt_in.lora_A.weight": torch.full((2, 32), 0.3), "diffusion_model.txt_in.lora_B.weight":
+               torch.full((48, 2), 0.3)}, tmp_path / "a.safetensors")
+    run(folder, "--steps", "1", "--offload", mode, "--lora", str(tmp_path / "a.safetensors"), "--output", str(tmp_path / "a.png"), "--quiet")
+    flux = add_lora(load(folder, device="cpu"), tmp_path / "a.safetensors")
+    expected, = generate(flux, "a red apple", width=32, height=48, steps=1, max_text_tokens=8)
+    with Image.open(tmp_path / "a.png") as picture:
+        assert max(abs(a - b) for a, b in zip(picture.tobytes(), expected.tobytes())) <= 1
+
+
 @pytest.mark.parametrize("arguments, sentence", [
     (["--lora", "nowhere.safetensors"], "nowhere.safetensors does not exist"),
     (["--lora-scales", "0.5"], "there are 1 scales for 0 LoRAs: give one for each"),
