@@ -11,7 +11,7 @@
 A part comes when it is called, and stays until another one is: text encoders are gone once they have encoded. With CUDA the coming
 block is copied while the present one computes (`prefetch`). What is small stays on the device for good, and tells the others where
 the model is; the modulation is precomputed (`modulation.py`), as it need not come at every step. The numbers are those of the model
-as it was, bit for bit where the device is the same one. Seam: model -> model.
+as it was, bit for bit where neither the device nor the dtype changes. Seam: model -> model.
 """
 
 import ctypes
@@ -24,7 +24,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..checkpoints.building import place
 from ..checkpoints.formats import spill
 from ..checkpoints.packed import PackedLinear
 from ..flux import Flux, find_device
@@ -51,7 +50,8 @@ def offload(flux: Flux, device: torch.device | str, mode: str = "model", *, pref
     files, which the variable TMPDIR sets; `load(..., fit=True)` does so with what it joins, piece by piece.
 
     It comes last: an offloaded model takes no more LoRAs, and those that it has become part of it. Raises ValueError for another mode
-    or device, and for a model that is offloaded already. The given model stays as it is; drop it to free its memory."""
+    or device, and for a model that is offloaded already or lies on the device. The given model stays as it is; drop it to free its
+    memory."""
     device = find_device(device)
     if mode not in MODES:
         raise ValueError(f"the mode is {mode!r}: expected one of {', '.join(MODES)}")
@@ -137,7 +137,7 @@ class Turns:
         going = {id(holder[name]) for holder, name, _ in going}
         for holder, name, tensor in slots(network):
             if id(tensor) not in going:
-                self.put(holder, name, self.copy(holder, tensor))
+                self.put(holder, name, self.copy(tensor))
         for module in network.modules():
             if self.dtype and isinstance(module, PackedLinear):
                 module.dtype = self.dtype
@@ -221,7 +221,7 @@ class Turns:
     def come(self, part: nn.Module) -> None:
         with torch.cuda.stream(self.stream):                # None is the present one
             for holder, name, tensor in slots(part):
-                if (copy := self.copy(holder, tensor)) is not tensor:
+                if (copy := self.copy(tensor)) is not tensor:
                     self.put(holder, name, copy)
                     holder[name].resting = tensor
                     self.give_back(tensor)
@@ -233,10 +233,10 @@ class Turns:
             self.give_back(holder[name])
         self.here.remove(part)
 
-    def copy(self, holder: dict, tensor: Tensor) -> Tensor:
+    def copy(self, tensor: Tensor) -> Tensor:
         # Note: packed weights, which are buffers, are bytes and their scales: they are moved, not converted.
-        dtype = self.dtype if self.dtype and isinstance(tensor, nn.Parameter) else tensor.dtype
-        return place(tensor.to(self.device, non_blocking=self.stream is not None), self.device, dtype)
+        dtype = self.dtype if isinstance(tensor, nn.Parameter) else None
+        return tensor.to(self.device, non_blocking=self.stream is not None).to(dtype or tensor.dtype)
 
     def put(self, holder: dict, name: str, tensor: Tensor) -> None:
         holder[name] = nn.Parameter(tensor, requires_grad=False) if isinstance(holder[name], nn.Parameter) else tensor

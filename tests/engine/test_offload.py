@@ -175,7 +175,7 @@ def cuda(monkeypatch, without_numbers) -> list:
     log = MadeUpCUDA(monkeypatch).log
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self.clone())
     monkeypatch.setattr(module, "find_device", lambda name: types.SimpleNamespace(type="cuda"))
-    monkeypatch.setattr(Turns, "copy", lambda self, holder, tensor: tensor.to("meta"))
+    monkeypatch.setattr(Turns, "copy", lambda self, tensor: tensor.to("meta"))
     monkeypatch.setattr(Turns, "to_device", lambda self, value: meta(value))
     return log
 
