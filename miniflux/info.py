@@ -23,7 +23,7 @@ from .watermark import MESSAGE, read_watermark
 DESCRIPTION, MAKE, MODEL, SOFTWARE = 0x010E, 0x010F, 0x0110, 0x0131
 EXIF = {SOFTWARE: "software", MAKE: "make", MODEL: "exif model", DESCRIPTION: "description"}
 KINDS = {"generate": "txt2img", "fill": "inpainting", "inpaint": "inpainting", "kontext_inpaint": "inpainting"}
-ONCE = ("output", "num_images", "preview", "preview_with", "quiet", "no_metadata")  # flags that do not change a picture
+ONCE = ("output", "num_images", "preview", "preview_with", "quiet", "no_metadata", "shard")  # flags that do not change a picture
 
 
 def marks(task: str, model: str, prompt: str | None) -> dict[int, bytes]:

@@ -84,6 +84,8 @@ def together():
     try:
         yield
     except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):  # gloo's errors have no class, but name its files
+            raise
         raise ConnectionError(f"another process of this run has ended ({' '.join(str(error).split())[:120]}): see what it said, "
                               "and start all of them again") from None
 
@@ -102,8 +104,7 @@ def shared():
 def add_up(x: Tensor) -> Tensor:
     """The sum over the shares of all processes; x itself outside of a shared step."""
     if _shared:
-        with together():
-            dist.all_reduce(x)
+        dist.all_reduce(x)
     return x
 
 
@@ -111,8 +112,7 @@ def exchange(parts: Sequence[Tensor], shapes: Sequence[Sequence[int]]) -> list[T
     """parts[r] goes to process r, from which a tensor of the shape shapes[r] comes back."""
     sizes = [math.prod(shape) for shape in shapes]
     sent, received = torch.cat([part.flatten() for part in parts]), parts[0].new_empty(sum(sizes))
-    with together():
-        dist.all_to_all_single(received, sent, sizes, [part.numel() for part in parts])
+    dist.all_to_all_single(received, sent, sizes, [part.numel() for part in parts])
     return [part.view(shape) for part, shape in zip(received.split(sizes), shapes)]
 
 
@@ -157,6 +157,7 @@ def gather(x: Tensor, n: int, dim: int) -> Tensor:
     return torch.cat(exchange([x] * dist.get_world_size(), [(*x.shape[:dim], size, *x.shape[dim + 1:]) for size in even(n)]), dim)
 
 
+@together()
 def decode_share(call, z: Tensor) -> Tensor:
     if len(z) % dist.get_world_size():
         return call(z)
@@ -169,12 +170,13 @@ class Shares:
     def __init__(self):
         self.vecs = WeakIdKeyDictionary()
 
+    @together()
     def __call__(self, call, img: Tensor, txt: Tensor, vec: Tensor, t: Tensor, guidance: Tensor | None, img_ids: Tensor, txt_ids: Tensor,
                  residuals: Sequence[Tensor | None] | None = None, image_kv: Sequence[KeysValues] | None = None) -> Tensor:
         B, N = img.shape[:2]
         if B % dist.get_world_size() == 0 and isinstance(vec, Tensor):           # modulation ahead of time is that of all pictures
-            # Note: the same tensor at each step, by which caches know their stream.
-            mine = self.vecs.setdefault(vec, share(vec, 0))
+            # Note: the same tensor at each step, by which caches know their stream; and a copy, since a view would keep `vec` for ever.
+            mine = self.vecs.setdefault(vec, share(vec, 0).clone())
             image_kv = image_kv and [[(k, v) if len(k) == 1 else (share(k, 0), share(v, 0)) for k, v in kv] for kv in image_kv]
             with shared():
                 v = call(share(img, 0), share(txt, 0), mine, share(t, 0), share(guidance, 0), img_ids, txt_ids,

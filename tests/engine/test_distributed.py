@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -116,14 +117,14 @@ def heads(path):
             path.write_text(json.dumps(sentences))
 
 
-def killed(path):
+def killed(path, shard=False):
     """The last process dies in the middle of a call."""
     def on_step(step, t, x):
         if step == 2 and dist.get_rank() == dist.get_world_size() - 1:
             os.kill(os.getpid(), signal.SIGKILL)
 
     try:
-        paint(distributed.distribute(small()), steps=1000, on_step=on_step)
+        paint(distributed.distribute(small(), shard), steps=1000, on_step=on_step)
     except ConnectionError as error:
         sys.exit(str(error))
 
@@ -132,7 +133,7 @@ def main():
     scenario, path = sys.argv[1:]
     assert distributed.several() and distributed.start() == torch.device("cpu")
     with torch.no_grad():
-        {"pictures": pictures, "heads": heads, "killed": killed}[scenario](Path(path))
+        {"pictures": pictures, "heads": heads, "killed": killed, "killed, sharded": partial(killed, shard=True)}[scenario](Path(path))
 
 
 # ----------------------------------------------------------------------------------------------------------------- tests
@@ -176,6 +177,7 @@ def test_the_command_shards(tmp_path):
     expected = generate(cache(load(device="cpu"), threshold=0.1), "an owl", steps=2, num_images=2, progress=False)
     for i, one in enumerate(expected, 1):
         with Image.open(tmp_path / f"owl-{i}.png") as picture:
+            assert "--shard" not in picture.text["command"] and "--tile 128" in picture.text["command"]  # one process can repeat it
             assert max(abs(a - b) for a, b in zip(picture.tobytes(), one.tobytes())) <= 1
 
 
@@ -184,13 +186,14 @@ def test_a_mistake_is_answered_once(tmp_path):
     assert done.returncode and done.stderr.count("is neither a folder nor a known model") == 1
 
 
-def test_a_killed_process_ends_the_others_with_a_message(tmp_path):
+@pytest.mark.parametrize("scenario", ["killed", "killed, sharded"])
+def test_a_killed_process_ends_the_others_with_a_message(tmp_path, scenario):
     """Without torchrun, which would end them itself: each process notices on its own."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     processes = [subprocess.Popen(
-        [sys.executable, __file__, "killed", str(tmp_path)], stderr=subprocess.PIPE, text=True,
+        [sys.executable, __file__, scenario, str(tmp_path)], stderr=subprocess.PIPE, text=True,
         env=os.environ | {"TORCHELASTIC_RUN_ID": "test", "WORLD_SIZE": "2", "RANK": str(rank), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port),
                           "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}) for rank in range(2)]
     try:
