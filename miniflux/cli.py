@@ -254,6 +254,8 @@ def lora_scales(args: argparse.Namespace) -> list[float]:
 
 def adapt(flux: Flux, args: argparse.Namespace) -> Flux:
     """The model as the flags want it: quantised, with LoRAs and IP-Adapters, compiled, with a cache, in tiles, over several processes."""
+    if args.shard and args.offload:
+        raise ValueError("--shard and --offload both say where the weights lie: give one of them")
     flux = quantize(flux, args.quantize) if args.quantize else flux
     for file, scale in zip(args.lora, lora_scales(args)):
         flux = add_lora(flux, file, scale)
