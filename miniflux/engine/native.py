@@ -2,9 +2,9 @@
 
     python -m miniflux.engine.native        what is built, what is used on this machine, and why not the rest
 
-`miniflux._cpu` (csrc/cpu) normalises and turns queries and keys and computes the attention in one pass over memory. It is built
-when the package is installed, where there is a compiler; without it PyTorch's own operations do the same.
-`networks.attention` chooses, and checks what is handed over here.
+`miniflux._cpu` (csrc/cpu) computes norm, rotation and attention in one call, and the layers between the attentions of a small
+network. It is built when the package is installed, where there is a compiler; without it PyTorch's own operations do the same.
+`networks.attention` and `networks.layers` choose; the former checks what it hands over.
 
 Tensors: qkv (B, S, 3, H, D) float32 or bfloat16, pe (S, D/2, 2, 2) float32, image and text (2, D): the scales of queries
 and keys; those of text are for the first L rows.
