@@ -21,6 +21,7 @@ from torch import nn
 from .checkpoints.building import WithoutInitialisation
 from .checkpoints.formats import joined_on_disk, only_shapes
 from .checkpoints.hub import OFFICIAL, find_in_cache
+from .checkpoints.packed import PackedLinear
 from .engine import offload
 from .engine.modulation import LIMIT, precompute_modulation
 from .engine.quantize import quantize
@@ -40,6 +41,7 @@ MARGIN = 1.1                               # for what the allocator cannot use, 
 # float32 (where positions are turned). For each pixel of the decoded picture, and channel there at most. For each token and channel of
 # T5, and for each score of its attention.
 TRANSFORMER, TURNING, DECODER, T5_TOKEN, T5_SCORE = 18, 5, 3, 15, 5
+UNPACKING = 8                              # bytes, while a packed weight is unpacked, for each of its numbers
 # How the official transformers differ from dev's.
 CONFIGS = {"schnell": dict(guidance_embed=False), "fill": dict(in_channels=384), "canny": dict(in_channels=128), "depth": dict(in_channels=128)}
 
@@ -86,6 +88,9 @@ def expect(flux: Flux, mode: str, form: str | None, width: int, height: int, num
     ahead = min(LIMIT, steps * num_images) * sum(layer.out_features * layer_width(flux) for layers in apart.values()
                                                  for layer in layers.layers.modules() if isinstance(layer, nn.Linear))
     working["mmdit"] += ahead
+    for name, network in networks.items():
+        working[name] += UNPACKING * max((layer.in_features * layer.out_features for layer in network.modules()
+                                          if isinstance(layer, PackedLinear)), default=0)
     # The modulation comes while the transformer has its turn.
     stages = {name: working[name] + (0 if mode == "whole" else turn[name]) for name in networks}
     stages |= {name: turn[name] + turn["mmdit"] + ahead for name in apart}

@@ -18,12 +18,13 @@ from torch.utils._pytree import tree_iter
 from miniflux import Prompt, generate, load
 from miniflux.checkpoints.formats import only_shapes, read_safetensors
 from miniflux.engine.offload import change_networks, offload, slots
+from miniflux.engine.quantize import quantize
 from miniflux.flux import Flux, FluxConfig
 from miniflux.networks.attention import attention_backend
 from miniflux.networks.autoencoder import Autoencoder, AutoencoderConfig
 from miniflux.networks.mmdit import MMDiT, MMDiTConfig
 from miniflux.networks.t5 import T5, T5Config
-from miniflux.plan import GIB, WAYS, activations, expect, main, nbytes, report, without_numbers
+from miniflux.plan import GIB, MARGIN, WAYS, activations, expect, main, nbytes, report, without_numbers
 from miniflux.tiny.export import write_mmdit
 
 SMALL = dict(width=64, height=48, steps=2, max_text_tokens=8, output="tensor", progress=False)
@@ -101,6 +102,16 @@ def test_what_an_offloaded_model_takes_is_what_was_measured(mode):
     single = shapes(change_networks(flux, lambda network: network.float()))
     planned = expect(single, mode, None, 256, 256, steps=4, prefetch=False).device
     assert 0.95 < planned / (staying + alive.peak) < 1.15
+
+
+@pytest.mark.parametrize("form", ["int8", "nf4"])
+def test_what_a_quantised_model_takes_is_what_was_measured(form):
+    flux = quantize(medium(torch.bfloat16), form)
+    tensors = [tensor for part in (flux.t5, flux.mmdit, flux.autoencoder) for *_, tensor in slots(part)]
+    with Alive(*tensors) as alive:
+        paint(flux)
+    planned = expect(shapes(flux), "whole", None, 256, 256, steps=4).device
+    assert 0.95 < planned / (sum(tensor.nbytes for tensor in tensors) + alive.peak) < 1.25
 
 
 @pytest.mark.parametrize("part, size", [("mmdit", 512), ("autoencoder", 128), ("t5", 128)])
@@ -210,17 +221,14 @@ def test_a_checkpoint_whose_tensors_must_be_joined_is_never_all_in_memory_either
     assert peak < 0.3 * size                                                    # measured: 0.2
 
 
-def test_with_a_device_of_its_own_the_first_way_that_fits_is_taken(folder, monkeypatch):
-    """meta plays the GPU."""
-    flux = without_numbers(folder, torch.bfloat16)
+@pytest.mark.parametrize("mode", ["whole", "model", "block"])
+def test_with_a_device_of_its_own_the_first_way_that_fits_is_taken(folder, mode, monkeypatch):
+    """meta plays the GPU, which has just as much as this way needs."""
     monkeypatch.setattr("miniflux.engine.offload.SMALL", 1000)
-    for wanted in WAYS:
-        need = {mode: expect(flux, mode, None, 32, 32, prefetch=False) for mode in WAYS}[wanted]
-        if wanted in ("leaf", "disk"):
-            continue
-        monkeypatch.setattr("miniflux.plan.free_memory", lambda device: 1.1 * need.device + 1 if device.type == "meta" else 1e9)
-        fitted = load(folder, device="meta", dtype=torch.bfloat16, fit=True)
-        assert getattr(getattr(fitted.mmdit, "turns", None), "mode", "whole") == wanted
+    need = MARGIN * expect(without_numbers(folder, torch.bfloat16), mode, None, 32, 32, prefetch=False).device + 1
+    monkeypatch.setattr("miniflux.plan.free_memory", lambda device: need if device.type == "meta" else 1e9)
+    fitted = load(folder, device="meta", dtype=torch.bfloat16, fit=True)
+    assert getattr(getattr(fitted.mmdit, "turns", None), "mode", "whole") == mode
 
 
 # ------------------------------------------------------------------------------------------------------------------ command
