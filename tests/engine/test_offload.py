@@ -16,8 +16,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 from miniflux import Prompt, add_ip_adapter, add_lora, add_redux, generate, image_to_image, load, load_controlnet, redux
+from miniflux.bench_disk import bench_disk, write_random
 from miniflux.checkpoints import formats
 from miniflux.checkpoints.formats import read_safetensors
+from miniflux.checkpoints.layouts import load_mmdit
 from miniflux.checkpoints.packed import PackedLinear
 from miniflux.engine import offload as module
 from miniflux.engine.modulation import Ahead
@@ -299,6 +301,17 @@ def test_from_disk_a_few_blocks_are_in_memory_and_not_the_model(tmp_path, dtype)
     assert whole > size                                                         # each weight is touched
     # Measured: 0.2 and 0.3 of the file, of which the first calls of the libraries are a part.
     assert disk < 0.3 * size if dtype == "bfloat16" else disk < 0.45 * size
+
+
+def test_the_benchmarks_checkpoint_is_one_and_too_little_disk_for_it_is_said(tmp_path, monkeypatch):
+    with torch.device("meta"):
+        net = MMDiT(MMDiTConfig(context_in_dim=64, vec_in_dim=24, hidden_size=256, num_heads=2, depth=1, depth_single_blocks=1))
+    write_random(tmp_path / "flux1.safetensors", net)
+    loaded = load_mmdit(tmp_path / "flux1.safetensors")
+    assert all(p.dtype == torch.bfloat16 and p.isfinite().all() and p.abs().max() < 0.2 for p in loaded.parameters())
+    monkeypatch.setattr(formats.shutil, "disk_usage", lambda folder: types.SimpleNamespace(free=30e9))
+    with pytest.raises(SystemExit, match="the table disk writes 33 GB, and .* has 30 GB free: set TMPDIR"):
+        bench_disk("")
 
 
 # -------------------------------------------------------------------------------------------------------------- the rest
