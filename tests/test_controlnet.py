@@ -18,14 +18,14 @@ def flux(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def net(tmp_path_factory):
-    controlnet().save_pretrained(tmp_path_factory.mktemp("net") / "net")
-    return load_controlnet(tmp_path_factory.getbasetemp() / "net0" / "net", device="cpu")
+    controlnet().save_pretrained(path := tmp_path_factory.mktemp("net"))
+    return load_controlnet(path, device="cpu")
 
 
 @pytest.fixture(scope="module")
 def union(tmp_path_factory):
-    controlnet(modes=7).save_pretrained(tmp_path_factory.mktemp("union") / "net")
-    return load_controlnet(tmp_path_factory.getbasetemp() / "union0" / "net", device="cpu")
+    controlnet(modes=7).save_pretrained(path := tmp_path_factory.mktemp("union"))
+    return load_controlnet(path, device="cpu")
 
 
 def paint(flux, controlnet, **keywords):
