@@ -18,7 +18,7 @@ _NAMES = {"load": "flux", "Flux": "flux", "FluxConfig": "flux", "add_redux": "fl
           "redux_prompt": "redux", "add_lora": "adapters.lora", "set_lora_scales": "adapters.lora", "remove_lora": "adapters.lora",
           "load_controlnet": "controlnet", "Control": "controlnet", "add_ip_adapter": "adapters.ip_adapter", "quantize": "engine.quantize",
           "offload": "engine.offload", "cache": "engine.caching", "tile": "engine.tiling", "compile": "engine.compiling",
-          "distribute": "engine.distributed",
+          "distribute": "engine.distributed", "precompute_modulation": "engine.modulation",
           "load_depth": "depth", "load_filters": "safety", "is_flagged": "safety", "stop_flagged": "safety",
           "add_watermark": "watermark", "read_watermark": "watermark", "fit_preview": "preview", "load_preview": "preview",
           "mask_from_alpha": "masks", "blur_mask": "masks", "expand_canvas": "masks", **dict(zip(_FILES, _FILES))}

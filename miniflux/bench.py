@@ -171,7 +171,10 @@ def bench_tasks(source: str) -> None:
     def widened(times: int) -> Flux:
         torch.manual_seed(0)
         config = flux.mmdit.config
-        return replace(flux, mmdit=MMDiT(replace(config, in_channels=times * config.out_channels)).eval())
+        mmdit = MMDiT(replace(config, in_channels=times * config.out_channels)).eval()
+        for p in mmdit.parameters():                        # stored by columns, as loading does
+            p.data = p.data.t().contiguous().t() if p.ndim == 2 else p.data
+        return replace(flux, mmdit=mmdit)
 
     control_flux, fill_flux = widened(2), widened(6)
     tasks: dict[str, Callable] = {
