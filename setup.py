@@ -1,25 +1,55 @@
-"""The compiled module; everything else is in pyproject.toml.
+"""The compiled modules; everything else is in pyproject.toml.
 
     miniflux._cpu        csrc/reference.cpp and csrc/cpu/: needs a C++17 compiler with OpenMP
+    miniflux._cuda       csrc/cuda/: needs nvcc as well; no driver, no GPU, no PyTorch for CUDA
 
-It is optional: where it cannot be built, the package is installed without it, and PyTorch's own operations do its work.
+Both are optional: where one cannot be built, the package is installed without it, and PyTorch's own operations do its work.
 MINIFLUX_REQUIRE_NATIVE=1 makes a failed build an error. `python -m miniflux.engine.native` says what there is.
 """
 
 import os
 import platform
+import shutil
+import subprocess
+from distutils.errors import CompileError
 from glob import glob
 
+import pybind11
 from pybind11.setup_helpers import Pybind11Extension
 from setuptools import setup
+from setuptools.command.build_ext import build_ext
 
 # Sums may be reordered, so that they can be vectorised; NaN and infinity keep their meaning.
 FLAGS = ["-O3", "-Wall", "-Wextra", "-fopenmp", "-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math", "-fno-math-errno"]
 if platform.machine() in ("x86_64", "AMD64"):
     FLAGS.append("-mprefer-vector-width=512")
+OPTIONAL = os.environ.get("MINIFLUX_REQUIRE_NATIVE") != "1"
+NVCC = shutil.which("nvcc")
+# A100, H100, RTX 50, and code that newer ones translate. What does not fit into registers would be slow: it is an error.
+CUDA_FLAGS = ["-O3", "-std=c++17", "--threads=0", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Werror=all-warnings", "-Xptxas=-warn-spills",
+              "-Xptxas=-warn-lmem-usage", *(f"-gencode=arch=compute_{n},code=sm_{n}" for n in (80, 90)),
+              "-gencode=arch=compute_120,code=[sm_120,compute_120]"]
 
-setup(ext_modules=[
+
+class BuildExtensions(build_ext):
+    def build_extension(self, extension):
+        if not any(source.endswith(".cu") for source in extension.sources):
+            return super().build_extension(extension)
+        output = self.get_ext_fullpath(extension.name)
+        os.makedirs(os.path.dirname(output), exist_ok=True)
+        includes = [f"-I{folder}" for folder in (pybind11.get_include(), *self.include_dirs)]
+        try:                                                # nvcc links, too, and brings its own runtime along
+            subprocess.run([NVCC, "-shared", *CUDA_FLAGS, *includes, *extension.sources, "-o", output], check=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            raise CompileError(str(error)) from error
+
+
+extensions = [
     Pybind11Extension("miniflux._cpu", ["csrc/reference.cpp", *sorted(glob("csrc/cpu/*.cpp"))], cxx_std=17,
                       depends=["csrc/attention.h", *glob("csrc/cpu/*.h")], extra_compile_args=FLAGS, extra_link_args=["-fopenmp"],
-                      optional=os.environ.get("MINIFLUX_REQUIRE_NATIVE") != "1"),
-])
+                      optional=OPTIONAL),
+]
+if NVCC:
+    extensions.append(Pybind11Extension("miniflux._cuda", ["csrc/cuda/kernels.cu", "csrc/cuda/bind.cpp"],
+                                        depends=["csrc/attention.h", *glob("csrc/cuda/*.*h")], optional=OPTIONAL))
+setup(ext_modules=extensions, cmdclass={"build_ext": BuildExtensions})

@@ -12,12 +12,18 @@
 
 #include <cstdint>
 
+#ifdef __CUDACC__
+#define EVERYWHERE __host__ __device__
+#else
+#define EVERYWHERE
+#endif
+
 // A tensor (B, H, S, D) somewhere in memory: channels are neighbours, the other steps are given in elements.
 template <typename T> struct Rows {
     T* data;
     int64_t batch, head, token;
 
-    T* operator()(int64_t b, int64_t h, int64_t s) const { return data + b * batch + h * head + s * token; }
+    EVERYWHERE T* operator()(int64_t b, int64_t h, int64_t s) const { return data + b * batch + h * head + s * token; }
 };
 
 template <typename T> struct Problem {
@@ -26,7 +32,7 @@ template <typename T> struct Problem {
     const T *text, *image;        // (2, D): scales of q and k in text rows and in image rows
     const float* pe;              // (S, D/2, 2, 2): [[cos, -sin], [sin, cos]] of each token and pair
 
-    const T* scale_q(int64_t s) const { return s < L ? text : image; }
-    const T* scale_k(int64_t s) const { return scale_q(s) + D; }
-    const float* turns(int64_t s) const { return pe + s * 2 * D; }
+    EVERYWHERE const T* scale_q(int64_t s) const { return s < L ? text : image; }
+    EVERYWHERE const T* scale_k(int64_t s) const { return scale_q(s) + D; }
+    EVERYWHERE const float* turns(int64_t s) const { return pe + s * 2 * D; }
 };

@@ -1,10 +1,9 @@
-// What the module miniflux._cpu is made of: the functions that it offers, and the second type of number they take.
+// What the module miniflux._cpu is made of: the functions that it offers.
 
 #pragma once
 
-#include <cstring>
-
 #include "../attention.h"
+#include "bfloat16.h"
 
 template <typename T> void attention(const Problem<T>& p);  // out = the whole attention
 template <typename T> void norm_rope(const Problem<T>& p);  // q = R norm(q) and k = R norm(k), in place
@@ -24,27 +23,3 @@ void gelu(int64_t rows, int64_t n, int64_t x_step, const float* x, float* y);  /
 void modulate(int64_t B, int64_t S, int64_t n, int64_t step, const float* x, const float* shift, const float* scale, float* y);
 
 const char* instructions();                                 // what the loops were vectorised for, of those that this CPU has
-
-inline uint32_t to_bits(float x) {
-    uint32_t bits;
-    std::memcpy(&bits, &x, sizeof x);
-    return bits;
-}
-
-inline float from_bits(uint32_t bits) {
-    float x;
-    std::memcpy(&x, &bits, sizeof x);
-    return x;
-}
-
-// The upper half of a float32.
-struct bfloat16 {
-    uint16_t half;
-
-    operator float() const { return from_bits(uint32_t(half) << 16); }
-
-    explicit bfloat16(float x) {                            // to the nearest, ties to even
-        uint32_t bits = to_bits(x);
-        half = x == x ? (bits + 0x7fff + (bits >> 16 & 1)) >> 16 : 0x7fc0;  // Note: rounding would turn some NaNs into zeros
-    }
-};

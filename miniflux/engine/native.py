@@ -12,28 +12,41 @@ and keys; those of text are for the first L rows.
 
 import argparse
 from importlib import import_module
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
-try:
-    _cpu, WHY_NOT = import_module("miniflux._cpu"), ""
-except ImportError as error:
-    _cpu, WHY_NOT = None, str(error)
 
-DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+def find(name: str) -> tuple[ModuleType | None, str]:
+    """A compiled module, or why it is not there."""
+    try:
+        return import_module(name), ""
+    except ImportError as error:
+        return None, str(error)
+
+
+_cpu, WHY_NOT = find("miniflux._cpu")
+_cuda, WHY_NOT_CUDA = find("miniflux._cuda") if torch.version.cuda else (None, "this PyTorch is built without CUDA")
+
+DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+WIDEST = 256               # channels of a head that the CUDA kernels take
 
 
 def refusal(qkv: Tensor) -> str | None:
     """Why the kernels cannot take this tensor; None if they can."""
-    if _cpu is None:
-        return f"miniflux._cpu is not built ({WHY_NOT}): install a C++ compiler, then miniflux again"
     if type(qkv) is not Tensor:
         return f"it takes plain tensors, not a {type(qkv).__name__}"
-    if qkv.device.type != "cpu":
-        return f"it computes on the CPU, and the tensors are on {qkv.device.type}"
-    if qkv.dtype not in DTYPES:
-        return f"it takes float32 and bfloat16, not {qkv.dtype}"
+    if qkv.device.type not in ("cpu", "cuda"):
+        return f"it computes on the CPU and with CUDA, and the tensors are on {qkv.device.type}"
+    if qkv.is_cpu and _cpu is None:
+        return f"miniflux._cpu is not built ({WHY_NOT}): install a C++ compiler, then miniflux again"
+    if qkv.is_cuda and _cuda is None:
+        return f"miniflux._cuda is not built ({WHY_NOT_CUDA}): install the CUDA toolkit, then miniflux again"
+    if qkv.dtype not in DTYPES or qkv.is_cpu and qkv.dtype == torch.float16:
+        return f"it takes float32 and bfloat16, with CUDA float16 too, not {qkv.dtype}"
+    if qkv.is_cuda and qkv.shape[-1] > WIDEST:
+        return f"it takes heads of up to {WIDEST} channels, not {qkv.shape[-1]}"
     if qkv.stride(-1) != 1:
         return f"the channels of a head must be neighbours in memory, not {qkv.stride(-1)} numbers apart"
     return None
@@ -43,12 +56,20 @@ def needs_gradients(qkv: Tensor, image: Tensor, text: Tensor) -> bool:
     return torch.is_grad_enabled() and (qkv.requires_grad or image.requires_grad or text.requires_grad)
 
 
+CUDA_KERNELS = {"attention": "tiles", "norm_rope": "norm_rope"}
+
+
 def call(kernel: str, qkv: Tensor, pe: Tensor, image: Tensor, text: Tensor, L: int, out: Tensor) -> None:
     B, S, _, H, D = qkv.shape
     # Note: contiguous tensors are kept in variables until the kernel is done with their addresses.
     pe, image, text = pe.contiguous(), image.to(qkv.dtype).contiguous(), text.to(qkv.dtype).contiguous()
-    getattr(_cpu, f"{kernel}_{DTYPES[qkv.dtype]}")((B, H, S, L, D), qkv.data_ptr(), qkv.stride()[:4], text.data_ptr(),
-                                                   image.data_ptr(), pe.data_ptr(), out.data_ptr())
+    arguments = ((B, H, S, L, D), qkv.data_ptr(), qkv.stride()[:4], text.data_ptr(), image.data_ptr(), pe.data_ptr(), out.data_ptr())
+    if qkv.is_cpu:
+        getattr(_cpu, f"{kernel}_{DTYPES[qkv.dtype]}")(*arguments)
+    else:
+        with torch.cuda.device(qkv.device):
+            stream = torch.cuda.current_stream().cuda_stream
+            getattr(_cuda, f"{CUDA_KERNELS[kernel]}_{DTYPES[qkv.dtype]}")(*arguments, stream)
 
 
 def attend(qkv: Tensor, pe: Tensor, image: Tensor, text: Tensor, L: int) -> Tensor:
@@ -80,7 +101,8 @@ def norm_rope(qkv: Tensor, pe: Tensor, image: Tensor, text: Tensor, L: int) -> T
 def attention_op(qkv: Tensor, pe: Tensor, image: Tensor, text: Tensor, L: int) -> Tensor:
     from ..networks.attention import check
     check(qkv, pe, image, text, L, "native")
-    return attend(qkv, pe, image, text, L)
+    # Note: with CUDA queries and keys are normalised and turned where they lie, which this op has promised not to do.
+    return attend(qkv.clone() if qkv.is_cuda else qkv, pe, image, text, L)
 
 
 @attention_op.register_fake
@@ -169,9 +191,12 @@ def main() -> None:
     else:
         print(f"miniflux._cpu   {_cpu.__file__}\n                used on the CPU in float32 and bfloat16, "
               f"with {_cpu.instructions()} and {torch.get_num_threads()} threads")
-    print("CUDA, MPS       no kernels of their own: PyTorch's attention ("
-          + ", ".join(f"{name}: {'here' if there else 'not here'}" for name, there in
-                      (("CUDA", torch.cuda.is_available()), ("MPS", torch.backends.mps.is_available()))) + ")")
+    if _cuda is not None:
+        print(f"miniflux._cuda  {_cuda.__file__}\n                used where the attention backends native and norm_rope are asked for by name")
+    else:
+        built = "built, but not used" if not torch.version.cuda and find("miniflux._cuda")[0] else "not used"
+        print(f"miniflux._cuda  {built}: {WHY_NOT_CUDA}\n                with CUDA, attention runs on PyTorch's own operations")
+    print(f"MPS             {'here' if torch.backends.mps.is_available() else 'not here'}; no kernels of its own")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 in float64; autograd through that formula."""
 
 import os
+import shutil
 import subprocess
 import sys
 
@@ -54,8 +55,17 @@ def error(ours, theirs) -> float:
     return float((ours.double() - theirs.double()).abs().max() / theirs.double().abs().max())
 
 
-def test_the_module_is_there_where_it_is_required():
+def test_the_modules_are_there_where_they_are_required():
+    """The CUDA kernels can be imported without a GPU and without a driver; a launch says what is missing."""
     assert native._cpu is not None, native.WHY_NOT
+    if os.environ.get("MINIFLUX_REQUIRE_NATIVE") == "1" and shutil.which("nvcc"):
+        cuda, why_not = native.find("miniflux._cuda")
+        assert cuda is not None, why_not
+        names = {name for name in dir(cuda) if not name.startswith("_")}
+        assert names == {f"{kernel}_{dtype}" for kernel in ("naive", "norm_rope", "tiles") for dtype in native.DTYPES.values()}
+        if not torch.cuda.is_available():
+            with pytest.raises(RuntimeError, match="CUDA|driver"):
+                cuda.norm_rope_float32((1, 1, 1, 0, 2), 0, (6, 6, 2, 2), 0, 0, 0, 0, 0)
 
 
 @pytest.mark.parametrize("shape, L", SHAPES)
