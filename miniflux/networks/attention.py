@@ -121,7 +121,7 @@ def choose(qkv: Tensor, gradients: bool) -> str:
     if qkv.device.type == "mps":
         return "chunked"
     # With CUDA nothing has been measured yet; there the kernels work for those who ask for them by name.
-    if gradients or not qkv.is_cpu or native.refusal(qkv):
+    if gradients or qkv.device.type != "cpu" or native.refusal(qkv):
         return "sdpa"
     # Measured on two cores: the kernel takes 0.55 to 0.9 of the time of norm_rope from 96 tokens to 4608, and as long from 8704 on,
     # where its packed copy of keys and values would be nothing but memory.

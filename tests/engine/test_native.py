@@ -196,9 +196,9 @@ def test_norm_rope_says_that_it_has_no_gradients():
     (lambda qkv, pe, image, text, L: (qkv, pe, image[:1], text, L), r"scales of image and text are \(1, 8\) and \(2, 8\)"),
     (lambda qkv, pe, image, text, L: (qkv, pe, image, text, 10), "for 10 text tokens of 9: expected"),
     (lambda qkv, pe, image, text, L: (qkv, pe.to("meta"), image, text, L), "lie on cpu, meta, cpu and cpu: expected one device"),
-    (lambda qkv, pe, image, text, L: (qkv.half(), pe, image, text, L), "takes float32 and bfloat16, not torch.float16"),
+    (lambda qkv, pe, image, text, L: (qkv.half(), pe, image, text, L), "takes float32 and bfloat16, with CUDA float16 too, not torch.float16"),
     (lambda qkv, pe, image, text, L: (qkv.mT.contiguous().mT, pe, image, text, L), "must be neighbours in memory, not 2 numbers apart"),
-    (lambda *args: (*(x.to("meta") for x in args[:4]), args[4]), "computes on the CPU, and the tensors are on meta"),
+    (lambda *args: (*(x.to("meta") for x in args[:4]), args[4]), "computes on the CPU and with CUDA, and the tensors are on meta"),
 ])
 def test_what_does_not_fit_is_one_sentence(change, message):
     args = change(*problem((1, 2, 9, 8)), 3)
