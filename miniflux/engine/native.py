@@ -37,15 +37,15 @@ def refusal(qkv: Tensor) -> str | None:
     """Why the kernels cannot take this tensor; None if they can."""
     if type(qkv) is not Tensor:
         return f"it takes plain tensors, not a {type(qkv).__name__}"
-    if qkv.device.type not in ("cpu", "cuda"):
-        return f"it computes on the CPU and with CUDA, and the tensors are on {qkv.device.type}"
-    if qkv.is_cpu and _cpu is None:
+    if (kind := qkv.device.type) not in ("cpu", "cuda"):
+        return f"it computes on the CPU and with CUDA, and the tensors are on {kind}"
+    if kind == "cpu" and _cpu is None:
         return f"miniflux._cpu is not built ({WHY_NOT}): install a C++ compiler, then miniflux again"
-    if qkv.is_cuda and _cuda is None:
+    if kind == "cuda" and _cuda is None:
         return f"miniflux._cuda is not built ({WHY_NOT_CUDA}): install the CUDA toolkit, then miniflux again"
-    if qkv.dtype not in DTYPES or qkv.is_cpu and qkv.dtype == torch.float16:
+    if qkv.dtype not in DTYPES or kind == "cpu" and qkv.dtype == torch.float16:
         return f"it takes float32 and bfloat16, with CUDA float16 too, not {qkv.dtype}"
-    if qkv.is_cuda and qkv.shape[-1] > WIDEST:
+    if kind == "cuda" and qkv.shape[-1] > WIDEST:
         return f"it takes heads of up to {WIDEST} channels, not {qkv.shape[-1]}"
     if qkv.stride(-1) != 1:
         return f"the channels of a head must be neighbours in memory, not {qkv.stride(-1)} numbers apart"
