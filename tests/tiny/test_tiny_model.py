@@ -60,4 +60,4 @@ def test_guidance_acts(flux):
 
 def test_the_shipped_files_are_small():
     sizes = [path.stat().st_size for path in SHIPPED.rglob("*") if path.is_file()]
-    assert sum(sizes) <= 20e6 and max(sizes) <= 16e6
+    assert sum(sizes) <= 40e6 and max(sizes) <= 16e6   # of the whole family
