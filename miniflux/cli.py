@@ -28,7 +28,7 @@ from .engine.offload import MODES as TURNS
 from .engine.offload import offload
 from .engine.quantize import FORMATS, quantize
 from .engine.tiling import tile
-from .flux import Flux, assemble, find_device, list_models, load
+from .flux import Flux, assemble, default_dtype, find_device, list_models, load
 from .images import check_output, number, save, strip, to_pil
 from .info import marks, spell
 from .latents import decode
@@ -37,6 +37,7 @@ from .sampling import OnFinish
 from .settings import DEFAULTS, DISTILLED_STEPS
 from .watermark import add_watermark
 
+PICTURES = ("image", "reference", "control_image", "canny", "depth", "ip_image", "negative_ip_image")  # flags that name some
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -182,7 +183,7 @@ def run(p: Parser, paint: Callable, inputs: Callable[[Flux, argparse.Namespace],
         finish = on_finish(args)
         dtype = DTYPES.get(args.dtype)
         if args.shard:                                      # each process takes its share from the CPU's memory
-            device, dtype = "cpu", dtype or (torch.float32 if str(device) == "cpu" else torch.bfloat16)
+            device, dtype = "cpu", dtype or default_dtype(find_device(device))
         if args.offload:
             flux = offloaded(args, find_device(device), dtype)
         else:
@@ -226,7 +227,7 @@ def on_finish(args: argparse.Namespace) -> OnFinish | None:
         filters = load_filters(*args.safety, device=args.device)
         if filters.pixtral is not None and args.prompt and is_flagged(args.prompt, filters):
             raise ValueError("the prompt was stopped by the content filter: try another")
-        for flag in ("image", "reference", "ip_image"):
+        for flag in PICTURES:
             given = getattr(args, flag, None) or []
             for path in [given] if isinstance(given, str) else given:
                 if is_flagged(Path(path), filters):
@@ -239,7 +240,7 @@ def on_finish(args: argparse.Namespace) -> OnFinish | None:
 
 def offloaded(args: argparse.Namespace, device: torch.device, dtype: torch.dtype | None) -> Flux:
     """The model whose parts come to the device in turn, from the files as they are: mapped, so that none is in memory twice."""
-    dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
+    dtype = dtype or default_dtype(device)
     with joined_on_disk() if args.offload == "disk" else nullcontext():
         flux = assemble(args.model, torch.device("cpu"), None, args.transformer)
     return offload(adapt(flux, args), device, args.offload, dtype=dtype)

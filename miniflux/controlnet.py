@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .checkpoints import layouts
 from .checkpoints.hub import find_network
-from .flux import Flux, find_device
+from .flux import Flux, default_dtype, find_device
 from .images import Picture, check_number, fit, read_pictures, size_of
 from .latents import encode, spread
 from .networks.controlnet import ControlNet, assign
@@ -52,8 +52,7 @@ def load_controlnet(source: str | Path, *, device: torch.device | str | None = N
 
     Raises FileNotFoundError for what is not there, ValueError for what is not a FLUX ControlNet."""
     device = find_device(device)
-    dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
-    return layouts.load_controlnet(find_network(source, "ControlNet"), device, dtype)
+    return layouts.load_controlnet(find_network(source, "ControlNet"), device, dtype or default_dtype(device))
 
 
 def read_controls(flux: Flux, controlnet: Controls | None) -> list[Control]:
@@ -99,18 +98,20 @@ def residuals_of(flux: Flux, controls: list[Control], text: Prompt, call: Call, 
     steps, depth, depth_single = len(ts) - 1, flux.mmdit.config.depth, flux.mmdit.config.depth_single_blocks
     # Note: a net acts in the steps that lie within [start, end] as a whole.
     times = [{ts[i] for i in range(steps) if i / steps >= control.start and (i + 1) / steps <= control.end} for control in controls]
-    txt_ids, img_ids = text_ids(text.txt.shape[1]), image_ids(call.height // 8, call.width // 8)
+    # Each net has a device and a dtype of its own.
+    prompts = [(text.txt.to(net.img_in.weight), text.vec.to(net.img_in.weight)) for net, *_ in controls]
+    ids = [[ids.to(net.img_in.weight.device) for ids in (image_ids(call.height // 8, call.width // 8), text_ids(text.txt.shape[1]))]
+           for net, *_ in controls]
 
     def residuals(x: Tensor, t: float) -> list[Tensor | None]:
         total: list[Tensor | None] = [None] * (depth + depth_single)
-        for (net, _, scale, _, _, mode), control, active in zip(controls, tokens, times):
+        for (net, _, scale, _, _, mode), control, prompt, positions, active in zip(controls, tokens, prompts, ids, times):
             if t not in active or not scale:
                 continue
             weight = net.img_in.weight
             full = torch.full((2, len(x)), t, dtype=weight.dtype, device=weight.device)
             guidance = full[1].fill_(call.guidance) if net.config.guidance_embed else None
-            doubles, singles = net(patchify(x.to(weight)), control, mode, text.txt.to(weight), text.vec.to(weight), full[0], guidance,
-                                   img_ids.to(weight.device), txt_ids.to(weight.device))
+            doubles, singles = net(patchify(x.to(weight)), control, mode, *prompt, full[0], guidance, *positions)
             doubles, singles = ([(scale * residual).to(text.txt) for residual in group] for group in (doubles, singles))
             own = assign(doubles, depth, repeat=net.config.hint) + assign(singles, depth_single, repeat=False)
             total = [a if b is None else b if a is None else a + b for a, b in zip(total, own)]

@@ -76,6 +76,11 @@ def find_device(name: torch.device | str | None = None) -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
+def default_dtype(device: torch.device) -> torch.dtype:
+    """What is computed in where nothing else is asked for."""
+    return torch.float32 if device.type == "cpu" else torch.bfloat16
+
+
 def shipped_models() -> dict[str, Path]:
     """The models that come with the package: name -> folder."""
     return {folder.name: folder for folder in sorted(SHIPPED.glob("*/"))
@@ -111,7 +116,7 @@ def load(source: str | Path = "tiny", *, device: torch.device | str | None = Non
 
     Raises FileNotFoundError for what is not there, ValueError for what is not a FLUX.1 model."""
     device = find_device(device)
-    dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
+    dtype = dtype or default_dtype(device)
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"dtype is {dtype!r:.60}, expected torch.float32, torch.bfloat16 or torch.float16")
     if fit:

@@ -25,7 +25,7 @@ from .checkpoints.packed import PackedLinear
 from .engine import offload
 from .engine.modulation import LIMIT, precompute_modulation
 from .engine.quantize import quantize
-from .flux import Flux, FluxConfig, assemble, find_device, shipped_models
+from .flux import Flux, FluxConfig, assemble, default_dtype, find_device, shipped_models
 from .images import check_number, check_side, log
 from .networks.autoencoder import Autoencoder
 from .networks.clip import CLIPText
@@ -196,7 +196,7 @@ def report(model: str, transformer: str | None = None, size: int | None = None, 
     if size is not None:
         check_side("size", size)
     device = torch.device("cuda") if vram is not None else find_device()
-    dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
+    dtype = dtype or default_dtype(device)
     flux = without_numbers(model, dtype, transformer)
     size = size or flux.config.size
     here = vram * GIB if vram is not None else free_memory(device)

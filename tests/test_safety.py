@@ -226,3 +226,18 @@ def test_a_flagged_picture_is_never_returned(models, filters):
         generate(models[64], "owl", on_finish=stop_flagged(filters), output="latents", **keywords)
     with pytest.raises(ValueError, match="on_finish returned a NoneType"):
         generate(models[64], "owl", on_finish=lambda pictures: None, **keywords)
+
+
+@pytest.mark.parametrize("flag", ["image", "control_image", "canny", "depth", "ip_image", "negative_ip_image", "reference"])
+def test_every_picture_that_a_flag_names_is_looked_at(monkeypatch, flag):
+    """By hand: a filter that flags everything is asked about this very file."""
+    from argparse import Namespace
+
+    from miniflux import cli, safety
+    asked = []
+    monkeypatch.setattr(safety, "load_filters", lambda *paths, device: Filters(None))
+    monkeypatch.setattr(safety, "is_flagged", lambda picture, filters: asked.append(picture) or True)
+    args = Namespace(safety=["classifier"], device=None, watermark=False, prompt="", **{flag: ["a.png"] if "ip" in flag else "a.png"})
+    with pytest.raises(ValueError, match="the picture a.png was stopped by the content filter"):
+        cli.on_finish(args)
+    assert asked == [Path("a.png")]
