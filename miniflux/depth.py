@@ -20,10 +20,9 @@ from torch import Tensor
 
 from .checkpoints.vision import find_folder, load_depth_anything
 from .flux import find_device
-from .images import BICUBIC, Picture, check_output, read_picture, save, size_of, to_pil, to_tensor
+from .images import BICUBIC, IMAGENET_COLOURS, Picture, check_output, read_picture, save, size_of, standardise, to_pil, to_tensor
 from .networks.depth_anything import DepthAnything
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)   # of ImageNet's pictures
 MAX_PIXELS = 4096 * 4096
 
 
@@ -49,7 +48,7 @@ def depth(image: Picture, net: DepthAnything, *, standard: bool = False) -> Imag
     if standard:
         if net.config.metric:
             raise ValueError("a metric depth estimator tells metres, not bytes: leave standard out")
-        x = (x - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+        x = standardise(x, IMAGENET_COLOURS)
     near = nearness(net, x.to(next(net.parameters())))[None].float().cpu()      # (1, 1, H', W')
     if standard:
         # Note: these depths are of no fixed scale; where they exceed a byte, the original repository lets them exceed white.

@@ -15,7 +15,7 @@ from .adapters.ip_adapter import IPImage, IPImages, IPScale, image_keys_values, 
 from .controlnet import Control, Controls, like, read_controls, residuals_of
 from .engine.modulation import modulations
 from .flux import Flux
-from .images import Pictures, to_pil
+from .images import Pictures, Pixels, to_pil
 from .latents import decode, spread
 from .prompt import Prompt, Text, encode_prompt, match, repeat
 from .sampling import OnFinish, OnStep, Velocity, classifier_free, euler, flow, keep, noise, schedule, steer
@@ -62,7 +62,8 @@ def paint(flux: Flux, prompt: Text, call: Call, *, start: Tensor | None = None, 
     start: latents (n, 16, h, w) of the pictures to begin from, noised as far as call.strength reaches (image to image).
     mask: (n, 1, h, w), false where the latents of `start` are kept (inpainting). beside: further channels (n, N, ·) of each
     image token (fill, control). after: further image tokens (n, M, 64) and their positions (M, 3) (kontext). n is 1 or
-    divides the number of pictures. controls, ip: the ControlNets and the IP-Adapters' pictures. put_back: what becomes of the decoded pictures (B, 3, H, W) in [0, 1]."""
+    divides the number of pictures. controls, ip: the ControlNets and the IP-Adapters' pictures. put_back: what becomes of the
+    decoded pictures (B, 3, H, W) in [0, 1]."""
     text = repeat(encode_prompt(flux, prompt, call.max_text_tokens), call.num_images)
     count, h, w, channels = len(text), call.height // 8, call.width // 8, flux.mmdit.config.out_channels // 4
     x = eps = noise(range(call.seed, call.seed + count), h, w, channels, text.txt.dtype).to(text.txt.device)  # (B, 16, h, w)
@@ -71,15 +72,15 @@ def paint(flux: Flux, prompt: Text, call: Call, *, start: Tensor | None = None, 
     start, mask, beside = (spread(given, x) for given in (start, mask, beside))
     after = after and (spread(after[0], x), after[1])
 
-    def velocity_of(text: Prompt, pictures: str) -> Velocity:
-        image_kv = ip and image_keys_values(flux, getattr(ip, pictures), ip.scales)
+    def velocity_of(text: Prompt, pictures: list[list[Pixels]] | None) -> Velocity:
+        image_kv = pictures and image_keys_values(flux, pictures, ip.scales)
         vec = modulations(flux.mmdit, text.vec, call.guidance, ts)
         return flow(flux.mmdit, text.txt, vec, call.guidance, h, w, beside, after, image_kv)
 
-    velocity = velocity_of(text, "wanted")
+    velocity = velocity_of(text, ip and ip.wanted)
     if call.true_cfg > 1 and call.negative_prompt is not None:
         unwanted = match(encode_prompt(flux, call.negative_prompt, call.max_text_tokens), count)
-        velocity = classifier_free(velocity, velocity_of(unwanted, "unwanted"), call.true_cfg)
+        velocity = classifier_free(velocity, velocity_of(unwanted, ip and ip.unwanted), call.true_cfg)
     if controls:
         velocity = steer(velocity, residuals_of(flux, controls, text, call, ts))
     if start is not None:

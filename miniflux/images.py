@@ -24,6 +24,8 @@ MAX_SIDE = 16_384
 MAX_PIXELS = 89_478_485    # of a picture given by the caller: Pillow's own limit, a quarter of a GB
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 OUTPUTS = ("pil", "tensor", "latents")
+CLIP_COLOURS = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # mean and deviation of red, green, blue
+IMAGENET_COLOURS = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 LANCZOS, BICUBIC = Image.Resampling.LANCZOS, Image.Resampling.BICUBIC
 
 Pictures = list[Image.Image] | Tensor  # what a task returns
@@ -182,6 +184,12 @@ def as_pil(picture: Pixels) -> Image.Image:
 def fit(pictures: list[Pixels], width: int, height: int, resample: Image.Resampling = LANCZOS) -> Tensor:
     """What a network reads: (n, 3, H, W) in [-1, 1]."""
     return torch.cat([to_tensor(picture, width, height, resample) for picture in pictures]) * 2 - 1
+
+
+def standardise(pixels: Tensor, form: tuple[tuple[float, ...], tuple[float, ...]]) -> Tensor:
+    """(n, 3, H, W) in [0, 1] -> (x - mean) / deviation of each colour, as a network was trained: CLIP_COLOURS or IMAGENET_COLOURS."""
+    mean, deviation = (torch.tensor(values, device=pixels.device).view(3, 1, 1) for values in form)
+    return (pixels - mean) / deviation
 
 
 def to_pil(pictures: Tensor) -> list[Image.Image]:

@@ -24,12 +24,11 @@ from torch import Tensor
 
 from .checkpoints.vision import find_folder, load_pixtral, load_vit_classifier
 from .flux import find_device
-from .images import BICUBIC, Picture, Pixels, as_pil, read_each, size_of, to_tensor
+from .images import BICUBIC, CLIP_COLOURS, Picture, Pixels, as_pil, read_each, size_of, standardise, to_tensor
 from .networks.pixtral import Pixtral, PixtralTokenizer
 from .networks.vit_classifier import ViTClassifier
 
 THRESHOLD = 0.85
-MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)   # of Pixtral's pictures, which are CLIP's
 AREA, LONGEST = 512 ** 2, 1024     # pixels that Pixtral is shown, and the most a side may have
 
 RULES = """Answer with one word, "yes" or "no".
@@ -124,7 +123,7 @@ def show(picture: Pixels, patch: int) -> Tensor:
     picture = as_pil(picture).resize((width, height), BICUBIC)
     ratio = max(width, height, LONGEST) / LONGEST
     width, height = (max(-int(-(side // ratio) // patch), 1) * patch for side in (width, height))
-    return (to_tensor(picture, width, height, BICUBIC) - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+    return standardise(to_tensor(picture, width, height, BICUBIC), CLIP_COLOURS)
 
 
 def stop_flagged(filters: Filters) -> Callable[[Tensor], Tensor]:

@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
 from PIL import Image
 from torch import Tensor, nn
 
@@ -25,10 +24,9 @@ from ..checkpoints.hub import find_network
 from ..checkpoints.layouts import CLIP_VISION, load_clip_vision
 from ..checkpoints.names import count
 from ..flux import Flux
-from ..images import BICUBIC, Picture, Pixels, as_pil, check_number, fit, read_each
+from ..images import BICUBIC, CLIP_COLOURS, Picture, Pixels, as_pil, check_number, fit, read_each, standardise
 from ..networks.mmdit import KeysValues
 
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 # Names in XLabs' files and in those that diffusers reads besides -> ours.
 NAMES = {r"^(ip_adapter_proj_model|image_proj)\.": "projection.", r"^ip_adapter\.": "double_blocks.", r"\.processor\.": ".",
          r"ip_adapter_double_stream_([kv])_proj": r"\1_proj", r"to_([kv])_ip": r"\1_proj"}
@@ -200,8 +198,7 @@ def clip_vectors(flux: Flux, pictures: list[Pixels]) -> Tensor:
     """(n, projection_dim)."""
     size, weight = flux.image_encoder.config.image_size, next(flux.image_encoder.parameters())
     pixels = fit([middle_square(picture, size) for picture in pictures], size, size) / 2 + 0.5  # (n, 3, S, S) in [0, 1]
-    mean, std = (torch.tensor(values)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
-    return flux.image_encoder(((pixels - mean) / std).to(weight))
+    return flux.image_encoder(standardise(pixels, CLIP_COLOURS).to(weight))
 
 
 def middle_square(picture: Pixels, size: int) -> Image.Image:
