@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 from diffusers import FluxControlPipeline
-from PIL import Image
 
 from miniflux import canny, control, load
 from miniflux.flux import SHIPPED
@@ -52,4 +51,3 @@ def test_the_prompt_still_decides_what_the_edges_leave_open(flux):
     red, blue = (np.asarray(control(flux, f"a cat on a {colour} background", edges, steps=12)[0], np.float32)[:8].mean((0, 1))
                  for colour in ("red", "blue"))
     assert red[0] > red[2] + 50 and blue[2] > blue[0] + 50
-    assert isinstance(control(flux, "a cat", edges, steps=1)[0], Image.Image)
