@@ -49,8 +49,8 @@ class ResnetBlock(nn.Module):
             self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.silu(self.norm2(h)))
+        # Note: in one expression, so that a name does not keep the first half's pictures alive during the second.
+        h = self.conv2(F.silu(self.norm2(self.conv1(F.silu(self.norm1(x))))))
         # Note: float16 may overflow wherever no norm comes before; the next norm would make of one infinity a picture of no numbers: black.
         return clamp_fp16(h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x))
 
@@ -116,13 +116,9 @@ class Level(nn.Module):
         if upsample:
             self.upsample = Upsample(out_channels)
 
-    def forward(self, x: Tensor) -> Tensor:
-        for block in self.block:
-            x = block(x)
-        for resample in ("downsample", "upsample"):
-            if hasattr(self, resample):
-                x = getattr(self, resample)(x)
-        return x
+    def layers(self) -> list[nn.Module]:
+        """In their order. Note: who calls a whole level keeps its input alive until it ends; layer by layer, only a layer does."""
+        return [*self.block, *(getattr(self, name) for name in ("downsample", "upsample") if hasattr(self, name))]
 
 
 class Encoder(nn.Module):
@@ -142,7 +138,8 @@ class Encoder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x)
         for level in self.down:
-            x = level(x)
+            for layer in level.layers():
+                x = layer(x)
         return self.conv_out(F.silu(self.norm_out(self.mid(x))))
 
 
@@ -164,7 +161,8 @@ class Decoder(nn.Module):
     def forward(self, z: Tensor) -> Tensor:
         x = self.mid(self.conv_in(z))
         for level in reversed(self.up):
-            x = level(x)
+            for layer in level.layers():
+                x = layer(x)
         return self.conv_out(F.silu(self.norm_out(x)))
 
 

@@ -1,5 +1,7 @@
 """The autoencoder against oracles by hand: official counts and names, and convolutions simple enough to foresee."""
 
+import weakref
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -126,3 +128,23 @@ def test_encoding_draws_no_random_numbers():
     before = torch.get_rng_state()
     assert torch.equal(net.encode(picture), net.encode(picture))
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@torch.inference_mode()
+def test_the_first_half_of_a_residual_block_is_gone_during_the_second():
+    block, seen, alive = ResnetBlock(8, 8, 4), [], []
+    block.conv1.register_forward_hook(lambda _, inputs, output: seen.append(weakref.ref(output)))
+    block.conv2.register_forward_pre_hook(lambda *_: alive.append(seen[0]() is not None))
+    block(torch.randn(1, 8, 3, 5))
+    assert alive == [False]
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("half, shape, before, last", [("encoder", (1, 3, 16, 16), "down.0.downsample", "down.1.downsample"),
+                                                       ("decoder", (1, 16, 2, 2), "up.1.upsample", "up.0.block.1")])
+def test_what_a_level_was_given_is_gone_when_its_last_block_runs(half, shape, before, last):
+    net, seen, alive = getattr(Autoencoder(SMALL), half), [], []
+    net.get_submodule(before).register_forward_hook(lambda _, inputs, output: seen.append(weakref.ref(output)))
+    net.get_submodule(last).register_forward_pre_hook(lambda *_: alive.append(seen[0]() is not None))
+    net(torch.randn(shape))
+    assert alive == [False]
