@@ -115,7 +115,7 @@ def parts(network: nn.Module, mode: str) -> list[int]:
 def at_once(network: nn.Module, mode: str, prefetch: bool) -> int:
     """The bytes that come to the device at most: of a part, and with prefetching of the next one."""
     sizes = parts(network, mode)
-    return max([*sizes, *(a + b for a, b in pairwise(sizes) if prefetch and mode != "model")])
+    return max([*sizes, *(a + b for a, b in pairwise(sizes) if prefetch and mode != "model")], default=0)
 
 
 def activations(flux: Flux, width: int, height: int, num_images: int, text_tokens: int) -> dict[str, int]:
@@ -208,7 +208,7 @@ def report(model: str, transformer: str | None = None, size: int | None = None, 
     first = next((way for way in found if way.fits(here, memory)), None)
     if first is None or first.mode != "whole":
         found += [expect(flux, mode, form, size, size, num_images, steps, prefetch=device.type == "cuda")
-                  for form in FORMS for mode in modes(device)[:3]]
+                  for form in FORMS for mode in modes(device)[:4]]
     for way in found:
         how = way.mode if way.mode == "whole" else f'offload "{way.mode}"'
         fits = "yes" if way.fits(here, memory) else "no"
