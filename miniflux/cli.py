@@ -275,6 +275,8 @@ def asked(flux: Flux, args: argparse.Namespace, paint: Callable) -> dict:
     keywords = {name: value for name, value in vars(args).items() if name in names and value is not None}
     if hasattr(args, "controlnet"):
         keywords["controlnet"] = controls(flux, args)
+    if {"ip_image", "negative_ip_image"} & keywords.keys() and not args.ip_adapter:
+        raise ValueError("there is a picture for an IP-Adapter, but none to follow it: name one by --ip-adapter")
     if len(keywords.get("ip_scale", ())) == 1:
         keywords["ip_scale"], = keywords["ip_scale"]
     return keywords

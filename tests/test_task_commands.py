@@ -137,7 +137,8 @@ def test_help_names_every_flag_with_its_default(monkeypatch, capsys, task):
     ("generate", "owl --controlnet net.safetensors", "there are 0 values of --control-image for 1 ControlNets"),
     ("generate", "owl --control-image a.png", "there are 1 values of --control-image for 0 ControlNets"),
     ("generate", "owl --controlnet nowhere.safetensors --control-image a.png", "the ControlNet nowhere.safetensors does not exist"),
-    ("generate", "owl --ip-image a.png", "has no IP-Adapter"),
+    ("generate", "owl --ip-image a.png", "name one by --ip-adapter"),
+    ("inpaint", "owl --image a.png --mask mask.png --negative-ip-image a.png", "name one by --ip-adapter"),
 ])
 def test_a_mistake_ends_in_one_line_and_exit_code_2(folders, files, monkeypatch, capsys, task, flags, sentence):
     before = sorted(files.iterdir())
