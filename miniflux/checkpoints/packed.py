@@ -65,14 +65,14 @@ def unpack(kind: str, parts: dict[str, Tensor]) -> Tensor:
     """The numbers of a weight, or of some rows of one: (rows, in) float32."""
     q = parts["q"]                                                              # (rows, bytes a row)
     if kind in FLOAT8:
-        return q.view(FLOAT8[kind]).float() * parts["scale"]
+        return q.view(FLOAT8[kind]).float().mul_(parts["scale"])                 # in place: memory for one copy, not two
     if kind == "int8":
-        return q.view(torch.int8).float() * parts["scale"]
+        return q.view(torch.int8).float().mul_(parts["scale"])
     if kind in TABLES:
         # Note: the high four bits come first.
         table = torch.tensor(TABLES[kind], device=q.device)
         numbers = table[torch.stack([q >> 4, q & 15], dim=-1).flatten(1).int()]  # (rows, in)
-        return (numbers.unflatten(-1, (-1, BLOCK)) * parts["absmax"][..., None]).flatten(1)
+        return numbers.unflatten(-1, (-1, BLOCK)).mul_(parts["absmax"][..., None]).flatten(1)
     _, _, size, numbers = BLOCKS[kind]
     return numbers(q.reshape(-1, size)).reshape(len(q), -1)
 
