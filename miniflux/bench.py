@@ -10,8 +10,10 @@
     tasks         a step of each task beside one of generate
     lora          merging a LoRA into a block of FLUX.1's size, beside reading its file and copying the weights
     quantize      memory, a step and what the judge of the tiny world says, for each format
+    int8          memory, time and error of a block of FLUX.1's width in int8, beside torchao's
+    offload       memory and time of steps from disk, beside diffusers' group offloading
     autoencoder   peak memory of reading and painting large pictures, as a whole and in tiles
-    caching       time and pictures of caches, beside as many plain steps as their time would buy
+    caching       time and pictures of caches, beside as many plain steps as their time would buy, and beside diffusers' cache
     tokenizers    a prompt of 512 tokens
     disk          peak memory of a step of FLUX.1's size from disk; writes 33 GB, and only when it is named
 
@@ -39,8 +41,8 @@ from torch import Tensor, nn
 
 from .adapters.lora import add_lora
 from .bench_attention import bench_attention
-from .bench_disk import bench_disk
-from .bench_engine import bench_autoencoder, bench_caching
+from .bench_disk import bench_disk, bench_offload
+from .bench_engine import bench_autoencoder, bench_caching, bench_int8
 from .checkpoints.formats import read_safetensors
 from .cli import Parser
 from .control import control
@@ -264,8 +266,9 @@ def bench_tokenizers(source: str) -> None:
 
 
 BENCHES = {"picture": bench_picture, "cold": bench_cold, "attention": bench_attention, "load": bench_load, "tasks": bench_tasks,
-           "lora": bench_lora, "quantize": bench_quantize, "autoencoder": bench_autoencoder, "caching": bench_caching,
+           "lora": bench_lora, "quantize": bench_quantize, "int8": bench_int8, "offload": bench_offload, "autoencoder": bench_autoencoder, "caching": bench_caching,
            "tokenizers": bench_tokenizers, "disk": bench_disk}
+PEERS = ("picture", "cold", "attention", "int8", "offload", "autoencoder", "caching")  # those that diffusers is measured in, too
 
 
 def main() -> None:
@@ -276,9 +279,9 @@ def main() -> None:
     if unknown := [name for name in args.tables if name not in BENCHES]:
         parser.error(f"there is no table {unknown[0]!r}: expected some of {', '.join(BENCHES)}")
     names = args.tables or [name for name in BENCHES if name != "disk"]
-    if {"picture", "cold", "attention", "autoencoder"} & set(names) and not all(map(find_spec, ("diffusers", "transformers"))):
-        parser.error("picture, cold, attention and autoencoder compare with diffusers: `pip install diffusers transformers`, or name "
-                     "other tables")
+    peers = [name for name in names if name in PEERS]
+    if peers and not all(map(find_spec, ("diffusers", "transformers"))):
+        parser.error(f"{', '.join(peers)} compare with diffusers: `pip install diffusers transformers`, or name other tables")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     machine = platform.processor() or platform.machine()
     print(f"{machine}, {torch.get_num_threads()} threads, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}")

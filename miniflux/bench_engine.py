@@ -1,22 +1,29 @@
-"""What tiles and caches gain. `python -m miniflux.bench autoencoder caching` prints it."""
+"""What tiles, caches and 8 bits gain, beside diffusers. `python -m miniflux.bench autoencoder caching int8` prints it."""
 
+import copy
 import json
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 
 from .checkpoints.layouts import load_autoencoder
 from .engine.caching import cache
+from .engine.quantize import quantize
 from .engine.tiling import tile
-from .flux import Flux, find_source, load
+from .flux import Flux, FluxConfig, find_source, load
 from .generate import generate
 from .latents import decode
+from .networks.mmdit import MMDiT, MMDiTConfig
 from .prompt import encode_prompt
+from .tiny.export import write_mmdit
 from .tiny.scenes import held_out_prompts
 
 PICTURES, STEPS = 40, 28
@@ -75,8 +82,48 @@ def bench_autoencoder(source: str) -> None:
                   + f" {runs[1][0] / runs[0][0]:7.2f}x", flush=True)
 
 
+def cache_beside_diffusers(source: str, thresholds: tuple[float, ...] = (0.1, 0.2)) -> None:
+    """The first-block cache of both, in turn; their pictures are equal, and so are their full steps."""
+    from diffusers import FirstBlockCacheConfig, FluxPipeline
+
+    flux, pipe = load(source, device="cpu"), FluxPipeline.from_pretrained(find_source(source), torch_dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    full: list[int] = []
+    for layer in (flux.mmdit.single_blocks[-1].linear2, pipe.transformer.single_transformer_blocks[-1].proj_out):
+        layer.register_forward_hook(lambda *_: full.append(1))
+    prompt, size = held_out_prompts(1, 0)[0][0], flux.config.size
+
+    def ours(flux: Flux, seed: int) -> Tensor:
+        return generate(flux, prompt, seed=seed, steps=STEPS, output="tensor", progress=False)
+
+    def theirs(seed: int) -> Tensor:
+        return pipe(prompt, height=size, width=size, num_inference_steps=STEPS, max_sequence_length=flux.config.max_text_tokens,
+                    generator=torch.Generator("cpu").manual_seed(seed), output_type="pt").images
+
+    def timed(call, *inputs) -> tuple[float, int, Tensor]:
+        full.clear()
+        began = time.perf_counter()
+        picture = call(*inputs)
+        return time.perf_counter() - began, len(full), picture
+
+    print(f"\n{f'first-block cache, {STEPS} steps':32} {'full steps':>10} {'miniflux':>12} {'diffusers':>12} {'ratio':>8}")
+    for threshold in (0.0, *thresholds):
+        model, runs = cache(flux, threshold=threshold), []
+        if threshold:
+            pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold))
+        for seed in range(9):
+            a, b = timed(ours, model, seed), timed(theirs, seed)
+            assert a[1] == b[1] and (a[2] - b[2]).abs().max() < 2e-3, f"the two differ at the threshold {threshold}"
+            runs.append((a[0], b[0], a[1]))
+        if threshold:
+            pipe.transformer.disable_cache()
+        a, b, steps = (statistics.median(values) for values in zip(*runs[1:]))
+        print(f"{f'threshold {threshold}':32} {steps:10.0f} {1e3 * a:9.0f} ms {1e3 * b:9.0f} ms {b / a:7.2f}x", flush=True)
+
+
 def bench_caching(source: str) -> None:
     """Held-out prompts, one picture at a time; each cache beside as many plain steps as its time would buy."""
+    cache_beside_diffusers(source)
     from .tiny.evaluate import judge, rates
 
     flux, prompts = load(source, device="cpu"), held_out_prompts(PICTURES, 0)
@@ -117,3 +164,55 @@ def bench_caching(source: str) -> None:
         if name != "plain":
             times, full, pictures = plain[fewer[name]]
             row(f"   {fewer[name]} plain steps", full, statistics.median(a / b for a, b in zip(times, caches["plain"][0])), pictures)
+
+
+def bench_int8(_: str) -> None:
+    """One double block of FLUX.1's width, 512 tokens, beside diffusers' of the same weights, whose int8 is torchao's."""
+    from diffusers import FluxTransformer2DModel
+
+    torch.manual_seed(0)
+    net = MMDiT(MMDiTConfig(context_in_dim=256, depth=1, depth_single_blocks=0)).bfloat16().eval()
+    with tempfile.TemporaryDirectory() as scratch:
+        write_mmdit(Path(scratch), net)
+        peer = FluxTransformer2DModel.from_pretrained(Path(scratch) / "transformer", torch_dtype=torch.float32)
+    flux = Flux(None, None, None, None, net.float(), None, FluxConfig())
+    models: dict[str, nn.Module] = {"float32": flux.mmdit, "float32, diffusers": peer}
+    for form, config in (("int8", "Int8WeightOnlyConfig"), ("int8-dynamic", "Int8DynamicActivationInt8WeightConfig")):
+        models[form] = quantize(flux, form).mmdit
+        if find_spec("torchao"):
+            from torchao import quantization
+
+            models[f"{form}, torchao"] = copy.deepcopy(peer)
+            quantization.quantize_(models[f"{form}, torchao"].transformer_blocks, getattr(quantization, config)())
+    x, txt, vec, one = torch.randn(1, 256, 64), torch.randn(1, 256, 256), torch.randn(1, 768), torch.ones(1)
+    ids = torch.cartesian_prod(torch.zeros(1), torch.arange(16.0), torch.arange(16.0)), torch.zeros(256, 3)
+
+    def step(name: str) -> Tensor:
+        if isinstance(models[name], MMDiT):
+            return models[name](x, txt, vec, one, 3.5 * one, *(i.long() for i in ids))
+        return models[name](x, txt, vec, one, *ids, 3.5 * one, return_dict=False)[0]
+
+    times: dict[str, list[float]] = {name: [] for name in models}
+    errors: dict[str, float] = {}
+    with torch.inference_mode():
+        exact = step("float32")
+        for _ in range(6):                                  # in turn, so that what slows the machine slows all
+            for name in models:
+                began = time.perf_counter()
+                v = step(name)
+                times[name].append(time.perf_counter() - began)
+                errors[name] = float((v - exact).norm() / exact.norm())
+    assert errors["float32, diffusers"] < 1e-5 and max(errors.values()) < 0.05, f"they compute something else: {errors}"
+    print(f"\n{'a double block, 512 tokens':32} {'weights':>10} {'time':>10} {'error':>9}")
+    for name, model in models.items():
+        blocks = model.double_blocks if isinstance(model, MMDiT) else model.transformer_blocks
+        print(f"{name:32} {nbytes(blocks) / 2**20:6.0f} MiB {1e3 * statistics.median(times[name][1:]):7.0f} ms {errors[name]:9.1e}")
+    if not find_spec("torchao"):
+        print("torchao, which diffusers quantises with, is not here to compare with: `pip install torchao`")
+
+
+def nbytes(module: nn.Module) -> int:
+    """Of all tensors, and of those that torchao's consist of."""
+    tensors = [*module.parameters(), *module.buffers()]
+    return sum(sum(getattr(t, name).nbytes for name in t.__tensor_flatten__()[0]) if hasattr(t, "__tensor_flatten__") else t.nbytes
+               for t in tensors)
