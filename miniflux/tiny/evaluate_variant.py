@@ -21,8 +21,9 @@ from ..fill import fill
 from ..flux import Flux, load
 from ..images import check_number, check_output, save
 from .evaluate import judge, round_trip
+from .grounds import SIDE, paint_ground
 from .pairs import depth_map, edges
-from .scenes import SIDE, Scene, contact_sheet, object_masks, paint_ground, render, sample_scene
+from .scenes import Scene, contact_sheet, object_masks, render, sample_scene
 from .train_variant import VARIANTS
 
 BATCH = 16
@@ -52,7 +53,7 @@ def overlap(picture: np.ndarray, scene: Scene) -> float:
 
 def measure(flux: Flux, variant: str, count: int, seed: int = 0, steps: int = 28) -> tuple[dict[str, float], np.ndarray]:
     """The figures of a variant over `count` held-out scenes, painted from seed on; and the pictures."""
-    scenes = [sample_scene(random.Random(seed + i), held_out=True) for i in range(count)]
+    scenes = [sample_scene(random.Random(seed + i), kind="single", held_out=True) for i in range(count)]
     true = np.stack([render(scene) for scene in scenes])
     given = {"fill": true, "canny": [edges(picture) for picture in true], "depth": [depth_map(scene) for scene in scenes]}[variant]
     holes, painted = [object_box(scene) for scene in scenes], []

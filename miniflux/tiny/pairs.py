@@ -10,7 +10,8 @@ import random
 import numpy as np
 
 from ..canny import canny
-from .scenes import SIDE, Scene, object_masks
+from .grounds import SIDE
+from .scenes import Scene, object_masks
 
 FAR, NEAR = 30, 150                                    # brightness of a ground at its upper and at its lower edge
 
@@ -36,8 +37,9 @@ def edges(picture: np.ndarray) -> np.ndarray:
 
 
 def depth_map(scene: Scene) -> np.ndarray:
-    """Grey, near is bright: (128, 128, 3) uint8."""
+    """Grey, near is bright; what stands in front of something is nearest: (128, 128, 3) uint8."""
     depth = np.repeat(np.linspace(FAR, NEAR, SIDE, dtype=np.float32)[:, None], SIDE, axis=1)
-    for placed, mask in sorted(zip(scene.objects, object_masks(scene)), key=lambda pair: pair[0].size):
-        depth[mask] = NEAR + (255 - NEAR) * placed.size / SIDE
+    for placed, mask in zip(scene.objects, object_masks(scene)):
+        ahead = 40 * (scene.kind == "overlap" and placed == scene.layers[-1])
+        depth[mask] = NEAR + (255 - NEAR - 40) * placed.size / SIDE + ahead
     return np.repeat((depth + 0.5).astype(np.uint8)[..., None], 3, axis=-1)

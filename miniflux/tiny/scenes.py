@@ -1,86 +1,41 @@
 """The tiny world: pictures of 128x128 composed by code, each with a caption that is exactly true.
 
-A scene is a few emoji glyphs on a plain or scenic ground. Because code composes it, everything about it is known without
-labelling. A `Scene` holds these facts, `render` paints them, `object_masks` outlines them: one world for every task, text to
-image (caption, picture), filling (masks), editing (scenes that differ in one field), and for judging what a model paints.
+A scene is one to four emoji glyphs on a plain or scenic ground, perhaps redrawn in a style. Because code composes it, everything
+about it is known without labelling. A `Scene` holds these facts, `render` paints them, `object_masks` outlines them: one world for
+every task, text to image (caption, picture), filling (masks), editing (scenes that differ in one field), and for judging what a
+model paints.
 
     >>> scene = sample_scene(random.Random(3))
     >>> scene.caption, scene.objects[0].name, scene.objects[0].colour, scene.ground
-    ('a blue teapot on a yellow background', 'teapot', 'blue', 'yellow')
+    ('there is a fish next to a mouse at night', 'fish', None, 'night')
     >>> picture = render(scene)                        # (128, 128, 3) uint8, always the same for this scene
 
 About one pair in ten of (object, plain ground colour) never occurs in training, though each object and each colour does: a
 model that paints such a pair has understood the caption instead of remembering a picture.
-
-The font is needed to paint, not to import: Debian package `fonts-noto-color-emoji`, SIL Open Font Licence.
 """
-import colorsys
-import os
 import random
 import textwrap
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
-SIDE = 128                                             # of every picture, in pixels
-_Y, _X = np.mgrid[0:SIDE, 0:SIDE].astype(np.float32)
-FONT_SIZE = 109                                        # Note: a bitmap font; it opens at this size only
-FONT_PATHS = tuple(os.path.expanduser(f"{folder}/NotoColorEmoji.ttf") for folder in (
-    "/usr/share/fonts/truetype/noto", "/usr/share/fonts/noto", "/usr/share/fonts/google-noto-emoji",
-    "/usr/share/fonts/google-noto-color-emoji-fonts", "~/.local/share/fonts", "~/.fonts"))      # Debian, Arch, Fedora, own
+from .glyphs import COLOURS, HIDDEN_ON, OBJECTS, PLURALS, RECOLOURABLE, SYNONYMS, stamp
+from .grounds import GROUNDS, PLAIN, SCENIC, SIDE, paint_ground
+from .styles import COLOURLESS, STYLES, restyle
 
-GLYPHS = dict(                                         # the order counts: held-out pairs are found by index
-    cat="🐱", dog="🐶", fox="🦊", owl="🦉", frog="🐸", pig="🐷", lion="🦁", panda="🐼", rabbit="🐰", bear="🐻", monkey="🐵",
-    wolf="🐺", penguin="🐧", elephant="🐘", sheep="🐑", turtle="🐢", fish="🐟", whale="🐳", octopus="🐙", crab="🦀", butterfly="🦋",
-    bee="🐝", ladybug="🐞", duck="🦆", apple="🍎", banana="🍌", pear="🍐", lemon="🍋", strawberry="🍓", pineapple="🍍",
-    watermelon="🍉", carrot="🥕", mushroom="🍄", pizza="🍕", burger="🍔", donut="🍩", cake="🎂", car="🚗", rocket="🚀", boat="⛵",
-    train="🚂", bus="🚌", bicycle="🚲", plane="✈", tractor="🚜", tree="🌳", sunflower="🌻", rose="🌹", cactus="🌵", leaf="🍁",
-    star="⭐", heart="❤", balloon="🎈", umbrella="☂", guitar="🎸", key="🔑", book="📕", house="🏠", moon="🌙", sun="☀", bell="🔔",
-    crown="👑", hat="🎩", gift="🎁", ball="⚽", clock="⏰", robot="🤖", ghost="👻", pumpkin="🎃", dress="👗", cup="☕", teapot="🫖",
-)
-OBJECTS = tuple(GLYPHS)
-SYNONYMS = dict(                                       # said instead of the word in one caption of ten
-    cat=("kitten", "kitty"), dog=("puppy",), rabbit=("bunny",), ladybug=("ladybird",), burger=("hamburger",), donut=("doughnut",),
-    car=("automobile",), rocket=("spaceship",), boat=("sailboat",), bicycle=("bike",), plane=("airplane",), gift=("present",),
-    ball=("football",), clock=("alarm clock",), cup=("mug",), hat=("top hat",), mushroom=("toadstool",), leaf=("maple leaf",),
-    gray=("grey",), cyan=("turquoise",),
-)
-PLURALS = dict(wolf="wolves", leaf="leaves", sheep="sheep", fish="fish")
 NUMBERS = {2: "two", 3: "three", 4: "four"}
-PLAIN = dict(                                          # the plain grounds
-    red=(214, 52, 48), orange=(243, 142, 48), yellow=(248, 220, 84), green=(76, 166, 82), blue=(62, 104, 208),
-    purple=(136, 78, 176), pink=(246, 160, 192), brown=(126, 82, 52), black=(28, 28, 30), white=(246, 246, 246),
-    gray=(146, 148, 152), cyan=(84, 208, 212),
-)
-SCENIC = dict(                                         # scenic ground: (how the caption says it, the plain colour it resembles)
-    sea=("in the sea", "blue"), sky=("in the sky", "cyan"), grass=("on the grass", "green"),
-    night=("at night", "black"), snow=("in the snow", "white"), desert=("in the desert", "yellow"),
-)
-GROUNDS = tuple(PLAIN) + tuple(SCENIC)
-COLOURS = dict(                                        # the colours an object can be told to have
-    red=(222, 40, 36), orange=(250, 132, 16), yellow=(252, 208, 40), green=(58, 166, 62), blue=(44, 104, 226),
-    purple=(144, 64, 196), pink=(250, 128, 184),
-)
-RECOLOURABLE = dict(                                   # object: the colour its glyph has by itself (None: between two names)
-    apple="red", car="red", heart="red", balloon="red", book="red", teapot="red", rose="red", mushroom="red", guitar="red",
-    star="yellow", key="yellow", bell="yellow", fish="blue", dress="blue", umbrella=None, leaf=None,
-)
-HIDDEN_ON = dict(                                      # grounds on which a glyph by itself can hardly be seen
-    ghost="white", cup="white", hat="black", bear="brown", lion="brown", owl="brown", wolf="gray", elephant="gray",
-    robot="gray", bicycle="gray", whale="gray cyan", strawberry="red", clock="red", leaf="red", crab="red", fox="orange",
-    carrot="orange", burger="orange", pumpkin="orange", sun="orange yellow", moon="yellow", crown="yellow", lemon="yellow",
-    umbrella="blue purple",
-)
 KINDS = dict(                                          # kind of scene: (percent; size of an object / SIDE, from, to)
-    single=(57, 0.55, 0.75), big=(5, 0.80, 0.90), small=(5, 0.30, 0.38),
-    pair=(20, 0.40, 0.47), count=(10, 0.38, 0.45), three=(3, 0.38, 0.45),
+    single=(46, 0.55, 0.75), big=(4, 0.80, 0.90), small=(4, 0.30, 0.38),
+    pair=(20, 0.40, 0.47), overlap=(6, 0.40, 0.47), count=(12, 0.38, 0.45), three=(5, 0.38, 0.45), four=(3, 0.38, 0.45),
 )
-RELATIONS = {                                          # relation: how captions say it
+BEHIND = 1.45                                          # in an overlap the farther object is so many times as large
+STYLED = 0.12                                          # the share of scenes with a style
+RELATIONS = {                                          # relation of a pair: how captions say it
     "left of": ("to the left of", "left of"), "right of": ("to the right of", "right of"),
     "above": ("above",), "below": ("below", "below", "under"), "next to": ("next to",), "and": ("and",),
 }
+OVERLAPS = "in front of", "behind"
 ROW, COLUMN, SQUARE = ((32, 64), (96, 64)), ((64, 32), (64, 96)), ((32, 32), (96, 32), (32, 96), (96, 96))
 TRIANGLES = ((64, 32), (32, 96), (96, 96)), ((32, 32), (96, 32), (64, 96))          # centres (x, y) in reading order
 
@@ -97,13 +52,19 @@ class Placed:
 
 @dataclass(frozen=True)
 class Scene:
-    """All facts about one picture. In "a cat left of a dog" the cat is `objects[0]`. Boxes never overlap."""
+    """All facts about one picture. In "a cat left of a dog" the cat is `objects[0]`. Boxes overlap in the kind "overlap" only."""
     objects: tuple[Placed, ...]
     ground: str                                        # in `GROUNDS`
     caption: str
     kind: str                                          # in `KINDS`
-    relation: str | None = None                        # of a pair, in `RELATIONS`
+    relation: str | None = None                        # of a pair, in `RELATIONS`; of an overlap, in `OVERLAPS`
+    style: str | None = None                           # in `STYLES`
     seed: int = 0                                      # of the ground's details
+
+    @property
+    def layers(self) -> tuple[Placed, ...]:
+        """The objects from the farthest to the nearest."""
+        return self.objects[::-1] if self.relation == "in front of" else self.objects
 
 
 def is_held_out(name: str, ground: str) -> bool:
@@ -118,30 +79,41 @@ def is_visible(name: str, colour: str | None, ground: str) -> bool:
     return ground_colour != colour if colour else ground_colour not in HIDDEN_ON.get(name, "").split()
 
 
-def sample_scene(rng: random.Random, *, held_out: bool = False) -> Scene:
-    """Draw a scene. `held_out=True`: one object on a ground it is never trained with, the caption in its canonical form."""
-    seed, centres, relation = rng.getrandbits(32), ((64, 64),), None
-    if held_out:
-        (caption, name, ground), = held_out_prompts(1, seed)
-        return Scene(_place(rng, [(name, None)], centres, "single"), ground, caption, "single", seed=seed)
-    ground = rng.choice(tuple(PLAIN if rng.random() < 0.75 else SCENIC))
-    kind = rng.choices(tuple(KINDS), [weight for weight, _, _ in KINDS.values()])[0]
-    chosen = _choose(rng, ground, {"pair": 2, "three": 3}.get(kind, 1))
-    words = [f"{colour} {_say(rng, name)}" if colour else _say(rng, name) for name, colour in chosen]
+def sample_scene(rng: random.Random, *, kind: str | None = None, coloured: bool | None = None, held_out: bool = False) -> Scene:
+    """Draw a scene.
+
+    kind: one of `KINDS`; None: any, by their percentages. coloured: whether its objects have another colour than by themselves;
+    None: some have. held_out=True: only objects on a ground with which training never shows them, no style, no synonym, and the
+    caption in its canonical form."""
+    seed, centres, relation, style = rng.getrandbits(32), ((64, 64),), None, None
+    kind = kind or rng.choices(tuple(KINDS), [weight for weight, _, _ in KINDS.values()])[0]
+    different = {"pair": 2, "overlap": 2, "three": 3, "four": 4}.get(kind, 1)
+    if not held_out and rng.random() < STYLED:
+        style = rng.choice(tuple(STYLES))
+        coloured = False if style in COLOURLESS else coloured
+    ground, chosen = None, []
+    while len(chosen) < different:                     # a ground on which so many objects are allowed
+        ground = rng.choice(tuple(PLAIN if held_out or rng.random() < 0.75 else SCENIC))
+        chosen = _choose(rng, ground, different, coloured, held_out)
+    said = (lambda rng, word: word) if held_out else _say
+    words = [f"{colour} {said(rng, name)}" if colour else said(rng, name) for name, colour in chosen]
     if kind == "count":
-        centres = rng.choice((ROW, ROW, rng.choice(TRIANGLES), SQUARE))
+        centres = rng.choice((ROW, rng.choice(TRIANGLES), rng.choice(TRIANGLES), SQUARE))
         chosen, phrase = chosen * len(centres), f"{NUMBERS[len(centres)]} {plural(words[0])}"
-    elif kind == "pair":
-        relation = rng.choice(tuple(RELATIONS))
+    elif kind in ("pair", "overlap"):
+        relation = rng.choice(tuple(RELATIONS) if kind == "pair" else OVERLAPS)
         upright = relation in ("above", "below") or relation == "and" and rng.random() < 0.3
         swap = relation in ("right of", "below") or relation == "next to" and rng.random() < 0.5
         centres = (COLUMN if upright else ROW)[::-1 if swap else 1]
-        phrase = f"{article(words[0])} {rng.choice(RELATIONS[relation])} {article(words[1])}"
-    elif kind == "three":
-        centres, phrase = rng.choice(TRIANGLES), f"{article(words[0])}, {article(words[1])} and {article(words[2])}"
+        phrase = f"{article(words[0])} {rng.choice(RELATIONS.get(relation, (relation,)))} {article(words[1])}"
+    elif kind in ("three", "four"):
+        centres = SQUARE if kind == "four" else rng.choice(TRIANGLES)
+        phrase = f"{', '.join(map(article, words[:-1]))} and {article(words[-1])}"
     else:
         phrase = article(words[0] if kind == "single" else f"{kind} {words[0]}")
-    return Scene(_place(rng, chosen, centres, kind), ground, _caption(rng, phrase, ground), kind, relation, seed)
+    objects = _overlap(rng, chosen, relation) if kind == "overlap" else _place(rng, chosen, centres, kind)
+    caption = f"{phrase} {_where(ground, ground)}" if held_out else _caption(rng, phrase, ground, kind, style)
+    return Scene(objects, ground, caption, kind, relation, style, seed)
 
 
 def held_out_prompts(n: int, seed: int = 0) -> list[tuple[str, str, str]]:
@@ -154,14 +126,18 @@ def held_out_prompts(n: int, seed: int = 0) -> list[tuple[str, str, str]]:
     return prompts[:n]
 
 
-def _choose(rng: random.Random, ground: str, n: int) -> list[tuple[str, str | None]]:
-    """`n` different objects with their colours, allowed on this ground. Recolourable ones come twice as often."""
+def _choose(rng: random.Random, ground: str, n: int, coloured: bool | None, held_out: bool) -> list[tuple[str, str | None]]:
+    """Up to `n` different objects with their colours, allowed on this ground. Recolourable ones come twice as often."""
     chosen: dict[str, str | None] = {}
-    while len(chosen) < n:
-        name = rng.choice(OBJECTS + tuple(RECOLOURABLE))
-        colour = rng.choice(tuple(COLOURS)) if name in RECOLOURABLE and rng.random() < 0.6 else None
-        if name not in chosen and not is_held_out(name, ground) and is_visible(name, colour, ground):
+    names = tuple(RECOLOURABLE) if coloured else OBJECTS + tuple(RECOLOURABLE)
+    for name in rng.sample(names, len(names)):
+        share = 0.0 if held_out else 0.6               # of the recolourable objects that are recoloured
+        recoloured = name in RECOLOURABLE and (rng.random() < share if coloured is None else coloured)
+        colour = rng.choice(tuple(COLOURS)) if recoloured else None
+        if is_held_out(name, ground) == held_out and is_visible(name, colour, ground):
             chosen[name] = colour
+        if len(chosen) == n:
+            break
     return list(chosen.items())
 
 
@@ -173,15 +149,25 @@ def _place(rng: random.Random, chosen: list, centres: tuple, kind: str) -> tuple
     return tuple(Placed(name, colour, x, y, size) for (name, colour), (x, y) in zip(chosen, corners))
 
 
+def _overlap(rng: random.Random, chosen: list, relation: str) -> tuple[Placed, ...]:
+    """A large object in the upper middle, a smaller one before it at the lower left or right."""
+    size = 2 * round(SIDE * rng.uniform(*KINDS["overlap"][1:]) / 2)
+    large, side = 2 * round(BEHIND * size / 2), rng.choice((-1, 1))
+    near = (64 - size // 2 + side * rng.randint(18, 32), SIDE - size - rng.randint(2, 8), size)
+    far = (64 - large // 2 - side * rng.randint(6, 16), rng.randint(4, 12), large)
+    boxes = (near, far) if relation == "in front of" else (far, near)
+    return tuple(Placed(name, colour, *box) for (name, colour), box in zip(chosen, boxes))
+
+
 def article(words: str) -> str:
-    """article("red apple") = "a red apple", article("owl") = "an owl"."""
-    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
+    """article("red apple") = "a red apple", article("owl") = "an owl", article("unicorn") = "a unicorn"."""
+    return f"{'an' if words[0] in 'aeiou' and not words.startswith('uni') else 'a'} {words}"
 
 
 def plural(words: str) -> str:
     """plural("fox") = "foxes", plural("puppy") = "puppies", plural("key") = "keys", plural("red leaf") = "red leaves"."""
     *rest, noun = words.split()
-    regular = noun[:-1] + "ies" if noun[-1] == "y" and noun[-2] not in "aeiou" else noun + ("es" if noun[-1] in "sx" else "s")
+    regular = noun[:-1] + "ies" if noun[-1] == "y" and noun[-2] not in "aeiou" else noun + ("es" if noun.endswith(("s", "x", "ch")) else "s")
     return " ".join([*rest, PLURALS.get(noun, regular)])
 
 
@@ -194,107 +180,38 @@ def _where(ground: str, word: str) -> str:
     return SCENIC[ground][0] if ground in SCENIC else f"on {article(word)} background"
 
 
-def _caption(rng: random.Random, phrase: str, ground: str) -> str:
-    """The canonical form two times of three; else a short form, a prefix, another order, or no word about the ground."""
+def _caption(rng: random.Random, phrase: str, ground: str, kind: str, style: str | None) -> str:
+    """The canonical form three times of five; else a short form, a prefix, another order, or no word about the ground."""
     word = _say(rng, ground)
-    full, short = f"{phrase} {_where(ground, word)}", phrase.removeprefix("a ").removeprefix("an ")
-    forms = full, f"{short}, {word} background", f"a picture of {full}", f"{article(word)} background with {phrase}", phrase
-    return rng.choices(forms, (66, 10, 10, 6, 8))[0]
-
-
-@lru_cache(maxsize=None)
-def _glyph(name: str, colour: str | None) -> Image.Image:
-    """The glyph in its full size, cropped, RGBA; recoloured unless the colour is its own."""
-    path = next((path for path in FONT_PATHS if os.path.exists(path)), None)
-    if path is None:
-        raise FileNotFoundError("NotoColorEmoji.ttf was not found: install it with `apt-get install fonts-noto-color-emoji`")
-    canvas = Image.new("RGBA", (200, 200))
-    ImageDraw.Draw(canvas).text((20, 20), GLYPHS[name], font=ImageFont.truetype(path, FONT_SIZE), embedded_color=True)
-    glyph = canvas.crop(canvas.getbbox())
-    return glyph if colour in (None, RECOLOURABLE.get(name)) else _recolour(glyph, COLOURS[colour])
-
-
-def _recolour(glyph: Image.Image, rgb: tuple[int, int, int]) -> Image.Image:
-    """Turn the glyph's dominant hue into that of `rgb`; saturation and brightness keep their relief about a new median."""
-    hue, saturation, value = np.moveaxis(np.asarray(glyph.convert("RGB").convert("HSV"), np.float32), -1, 0) / 255
-    solid = np.asarray(glyph.getchannel("A")) > 128
-    histogram = np.bincount((hue * 36).astype(int).ravel() % 36, (saturation * value * solid).ravel(), 36)
-    peak = (np.argmax(histogram + np.roll(histogram, 1) + np.roll(histogram, -1)) + 0.5) / 36
-    distance = (hue - peak + 0.5) % 1 - 0.5            # on the circle of hues, in turns
-    dominant = (np.abs(distance) < 0.085) & (saturation > 0.3)
-    h, s, v = colorsys.rgb_to_hsv(*(c / 255 for c in rgb))
-    new = (h + 0.3 * distance) % 1, *(x * y / np.median(x[dominant & solid]) for x, y in ((saturation, s), (value, v)))
-    hsv = np.where(dominant[..., None], np.stack(new, -1), np.stack((hue, saturation, value), -1))
-    painted = Image.fromarray((hsv.clip(0, 1) * 255).round().astype(np.uint8), "HSV").convert("RGB")
-    return Image.merge("RGBA", (*painted.split(), glyph.getchannel("A")))
-
-
-@lru_cache(maxsize=4096)
-def stamp(name: str, colour: str | None, size: int) -> np.ndarray:
-    """The glyph in the middle of a square box: (size, size, 4) uint8."""
-    glyph, box = _glyph(name, colour), Image.new("RGBA", (size, size))
-    w, h = (round(side * size / max(glyph.size)) for side in glyph.size)
-    box.paste(glyph.resize((w, h), Image.LANCZOS), ((size - w) // 2, (size - h) // 2))
-    return np.asarray(box)
-
-
-def _fade(upper: tuple, lower: tuple, top: int = 0, bottom: int = SIDE) -> np.ndarray:
-    """A vertical gradient between two colours from row `top` to row `bottom`: (128, 128, 3)."""
-    t = ((_Y - top) / (bottom - top)).clip(0, 1)[..., None]
-    return np.float32(upper) * (1 - t) + np.float32(lower) * t
-
-
-def paint_ground(ground: str, seed: int) -> np.ndarray:
-    """The ground alone: (128, 128, 3) float32 in 0..255. The seed moves its shade, horizon, waves, clouds and stars."""
-    noise = np.random.default_rng(seed)
-    if ground in PLAIN:
-        return np.tile(np.float32(PLAIN[ground] + noise.uniform(-9, 9, 3)), (SIDE, SIDE, 1))
-    phase, horizon = noise.uniform(0, 6.28), noise.uniform(30, 46)
-    edge = horizon + 4 * np.sin(_X * 0.05 + phase)     # of hills and dunes
-    if ground == "sea":
-        waves = np.sin(_X * 0.22 + _Y * 0.9 + phase) * np.sin(_Y * 0.45 + phase) > 0.7
-        picture = _fade((70, 150, 214), (16, 72, 150), 30) + 26 * waves[..., None]
-        picture = np.where((_Y < horizon)[..., None], _fade((186, 226, 250), (222, 240, 250), 0, 46), picture)
-    elif ground == "sky":
-        picture = _fade((72, 156, 236), (190, 226, 250))
-        for x, y, r in noise.uniform((0, 8, 9), (SIDE, 120, 17), (4, 3)):
-            for dx, s in ((-0.9, 0.7), (0, 1), (0.9, 0.65)):                # a cloud is three ellipses
-                picture[((_X - x - dx * r) / (s * r)) ** 2 + ((_Y - y) / (0.6 * s * r)) ** 2 < 1] = (246, 250, 254)
-    elif ground == "grass":
-        blades = 9 * np.sin(_X * 1.7 + 3 * np.sin(_Y * 0.5 + phase)) * np.sin(_Y * 0.6 + _X * 0.3)
-        picture = _fade((128, 200, 84), (64, 148, 52), 30) + blades[..., None]
-        picture = np.where((_Y < edge)[..., None], _fade((172, 220, 250), (220, 240, 252), 0, 46), picture)
-    elif ground == "desert":
-        picture = _fade((250, 214, 150), (253, 236, 196), 0, 56)
-        for lower, colour in ((0, (236, 190, 116)), (26, (224, 170, 92)), (54, (210, 152, 76))):
-            picture[_Y > edge + lower + 4 * np.sin(_X * 0.04 + lower)] = colour
-    elif ground == "night":
-        picture = _fade((10, 12, 38), (36, 38, 84))
-    else:                                              # snow
-        picture = _fade((250, 252, 255), (222, 232, 244), 40)
-        picture = np.where((_Y < edge + 12)[..., None], _fade((150, 178, 206), (196, 214, 230), 0, 56), picture)
-    if ground in ("night", "snow"):                    # stars and flakes, one or two pixels wide
-        for x, y in noise.integers(1, SIDE - 2, (36, 2)):
-            picture[y:y + 1 + x % 2, x:x + 1 + x % 2] = (250, 248, 232) if ground == "night" else 255
-    return picture
+    full, bare = f"{phrase} {_where(ground, word)}", phrase.removeprefix("a ").removeprefix("an ")
+    if style:                                          # Note: a pencil knows no red: what has no colours is said without
+        seen = phrase if style in COLOURLESS and ground in PLAIN else full
+        return rng.choice(STYLES[style]).format(seen)
+    verb, medium = "are" if kind == "count" else "is", rng.choice(("a picture", "a picture", "an image", "a photo"))
+    forms = (full, f"{bare}, {word} background", f"{medium} of {full}", f"{article(word)} background with {phrase}", phrase,
+             f"there {verb} {full}")
+    return rng.choices(forms, (60, 10, 10, 7, 8, 5))[0]
 
 
 def render(scene: Scene) -> np.ndarray:
     """Paint the scene: (128, 128, 3) uint8."""
     picture = paint_ground(scene.ground, scene.seed)
-    for o in scene.objects:
+    for o in scene.layers:
         rgb, alpha = np.split(np.float32(stamp(o.name, o.colour, o.size)), (3,), axis=-1)
         box = picture[o.y:o.y + o.size, o.x:o.x + o.size]
         box += alpha / 255 * (rgb - box)
-    return (picture.clip(0, 255) + 0.5).astype(np.uint8)
+    picture = (picture.clip(0, 255) + 0.5).astype(np.uint8)
+    return restyle(picture, scene.style, scene.seed) if scene.style else picture
 
 
 def object_masks(scene: Scene) -> np.ndarray:
-    """Where each object covers the ground, soft edges included: (number of objects, 128, 128) bool."""
-    masks = np.zeros((len(scene.objects), SIDE, SIDE), bool)
-    for mask, o in zip(masks, scene.objects):
+    """Where each object is seen, soft edges included: (number of objects, 128, 128) bool."""
+    masks = {}
+    for o in scene.layers:
+        mask = np.zeros((SIDE, SIDE), bool)
         mask[o.y:o.y + o.size, o.x:o.x + o.size] = stamp(o.name, o.colour, o.size)[..., 3] > 0
-    return masks
+        masks = {farther: seen & ~mask for farther, seen in masks.items()} | {o: mask}
+    return np.stack([masks[o] for o in scene.objects])
 
 
 def contact_sheet(pictures: list[np.ndarray], captions: list[str], columns: int = 8) -> Image.Image:

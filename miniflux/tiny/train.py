@@ -43,19 +43,24 @@ def parts(model: Path, device: torch.device) -> tuple[Autoencoder, CLIPTokenizer
     return autoencoder, CLIPTokenizer.from_folder(model / "tokenizer"), T5Tokenizer.from_folder(model / "tokenizer_2")
 
 
-def train_autoencoder_stage(work: Path, steps: int | None, minutes: float | None, scenes: int, device: torch.device) -> None:
-    scale, shift = train_autoencoder.run(work / "autoencoder", steps, minutes, device, scenes)
+def train_autoencoder_stage(work: Path, steps: int | None, minutes: float | None, scenes: int, device: torch.device,
+                            start: str | None) -> None:
+    known = load(start, device=device, dtype=torch.float32).autoencoder if start else None
+    scale, shift = train_autoencoder.run(work / "autoencoder", steps, minutes, device, scenes, known and known.state_dict())
+    if known:
+        scale, shift = known.config.scale_factor, known.config.shift_factor
     network = Autoencoder(replace(train_autoencoder.CONFIG, scale_factor=scale, shift_factor=shift))
     network.load_state_dict(averaged(work / "autoencoder"))
     export.write_autoencoder(work / "model", network)
 
 
 def train_painter_stage(work: Path, stage: str, steps: int | None, minutes: float | None, scenes: int,
-                        device: torch.device) -> None:
+                        device: torch.device, start: str | None) -> None:
     if stage == "guidance" and not (work / "base" / "state.safetensors").is_file():
         raise FileNotFoundError(f"{work / 'base'} holds no state: train the stage base first")
     teacher, lr = (averaged(work / "base"), 1e-3) if stage == "guidance" else (None, 2e-3)
-    train_flow.run(work / stage, parts(work / "model", device), steps, minutes, device, teacher, scenes, lr)
+    known = load(start, device=device, dtype=torch.float32) if start and stage == "base" else None
+    train_flow.run(work / stage, parts(work / "model", device), steps, minutes, device, teacher, scenes, lr, known)
     painter = train_flow.Painter()
     painter.load_state_dict(averaged(work / stage))
     export.write_mmdit(work / "model", painter.mmdit)
@@ -75,6 +80,7 @@ def main(argv: list[str] | None = None) -> None:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", choices=list(SCENES))
     parser.add_argument("--base", default="tiny", help="the model of which fill, canny and depth are variants (default tiny)")
+    parser.add_argument("--start", help="the model whose weights the stages autoencoder and base begin with (default: random ones)")
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--minutes", type=float, help="train for so long (default 15)")
     length.add_argument("--steps", type=int, help="train for so many steps")
@@ -88,11 +94,11 @@ def main(argv: list[str] | None = None) -> None:
         if args.stage == "vocabulary":
             vocabulary.learn(args.work / "model", scenes)
         elif args.stage == "autoencoder":
-            train_autoencoder_stage(args.work, args.steps, minutes, scenes, args.device)
+            train_autoencoder_stage(args.work, args.steps, minutes, scenes, args.device, args.start)
         elif args.stage in train_variant.VARIANTS:
             train_variant_stage(args.work, args.stage, args.steps, minutes, scenes, args.device, args.base)
         else:
-            train_painter_stage(args.work, args.stage, args.steps, minutes, scenes, args.device)
+            train_painter_stage(args.work, args.stage, args.steps, minutes, scenes, args.device, args.start)
     except (OSError, ValueError, ImportError) as error:
         parser.error(str(error))
 

@@ -55,10 +55,16 @@ def psnr(net: Autoencoder, x: Tensor) -> tuple[float, Tensor]:
     return float((10 * torch.log10(4 / (y - x).square().mean(dim=(1, 2, 3)))).mean()), y
 
 
-def run(folder: Path, steps: int | None, minutes: float | None, device: torch.device, scenes: int) -> tuple[float, float]:
-    """Train; returns the scale and the shift that give the latents of unseen pictures unit variance and zero mean."""
+def run(folder: Path, steps: int | None, minutes: float | None, device: torch.device, scenes: int,
+        start: dict[str, Tensor] | None = None) -> tuple[float, float]:
+    """Train; returns the scale and the shift that give the latents of unseen pictures unit variance and zero mean.
+
+    start: weights to begin with. Only the decoder learns then: a transformer that paints such latents still fits."""
     torch.manual_seed(0)
     net = Autoencoder(CONFIG).to(device, memory_format=torch.channels_last)
+    if start is not None:
+        net.load_state_dict(start)
+        net.encoder.requires_grad_(False)
     data, unseen = pictures(scenes, seed=1), to_tensor(pictures(64, seed=2)).to(device)
 
     def loss_of(generator: torch.Generator) -> Tensor:
@@ -77,6 +83,6 @@ def run(folder: Path, steps: int | None, minutes: float | None, device: torch.de
         z = averaged.encode(unseen).detach()
         return {"psnr": value, "shift": float(z.mean()), "scale": float(1 / z.std())}
 
-    ema = train(net, loss_of, folder, lr=2e-3, steps=steps, minutes=minutes, seed=0, on_save=on_save)
+    ema = train(net, loss_of, folder, lr=2e-3 if start is None else 1e-3, steps=steps, minutes=minutes, seed=0, on_save=on_save)
     final = on_save(0, ema)
     return final["scale"], final["shift"]

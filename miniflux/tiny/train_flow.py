@@ -33,9 +33,9 @@ from .vocabulary import MAX_TOKENS
 
 MMDIT = MMDiTConfig(vec_in_dim=128, context_in_dim=128, hidden_size=192, num_heads=3, depth=2, depth_single_blocks=5,
                     axes_dim=(8, 28, 28))
-CLIP = CLIPConfig(hidden_size=128, intermediate_size=512, num_hidden_layers=2, num_attention_heads=2, vocab_size=1014,
+CLIP = CLIPConfig(hidden_size=128, intermediate_size=512, num_hidden_layers=2, num_attention_heads=2, vocab_size=1214,
                   max_position_embeddings=MAX_TOKENS)
-T5_SIZES = T5Config(d_model=128, d_kv=64, d_ff=256, num_layers=2, num_heads=2, vocab_size=320)
+T5_SIZES = T5Config(d_model=128, d_kv=64, d_ff=256, num_layers=2, num_heads=2, vocab_size=512)
 SIDE = 16                                # of the latents: 128 pixels / 8
 BATCH, DROPOUT = 64, 0.1
 
@@ -72,6 +72,24 @@ def initialise(mmdit: MMDiT) -> None:
         nn.init.zeros_(layer.weight)
 
 
+def numbers(tokenizer: T5Tokenizer) -> dict[str, int]:
+    return {piece: number for piece, (number, _) in tokenizer.pieces.items()}
+
+
+def taken_over(flux: Flux, clip_tokenizer: CLIPTokenizer, t5_tokenizer: T5Tokenizer) -> dict[str, Tensor]:
+    """The weights of a `Painter` that knows what `flux` knows, in other vocabularies: each piece that both have keeps its vector."""
+    painter = Painter()
+    painter.mmdit.load_state_dict(flux.mmdit.state_dict())
+    for network, known, key, pieces, known_pieces in (
+            (painter.clip, flux.clip, "text_model.embeddings.token_embedding.weight", clip_tokenizer.vocab, flux.clip_tokenizer.vocab),
+            (painter.t5, flux.t5, "shared.weight", numbers(t5_tokenizer), numbers(flux.t5_tokenizer))):
+        table, before = network.state_dict()[key].clone(), known.state_dict()
+        for piece in pieces.keys() & known_pieces.keys():
+            table[pieces[piece]] = before[key][known_pieces[piece]]
+        network.load_state_dict(before | {key: table})
+    return painter.state_dict()
+
+
 @torch.no_grad()
 def encode_scenes(autoencoder: Autoencoder, clip_tokenizer: CLIPTokenizer, t5_tokenizer: T5Tokenizer, count: int, seed: int,
                   device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
@@ -98,10 +116,13 @@ def noisy(tokens: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, T
 
 
 def run(folder: Path, model: tuple[Autoencoder, CLIPTokenizer, T5Tokenizer], steps: int | None, minutes: float | None,
-        device: torch.device, teacher: dict[str, Tensor] | None, scenes: int, lr: float) -> None:
-    """Train the base model; or, given the base model's weights as `teacher`, distil guidance into a copy of it."""
+        device: torch.device, teacher: dict[str, Tensor] | None, scenes: int, lr: float, start: Flux | None = None) -> None:
+    """Train the base model, from what `start` knows on if it is given; or, given the base model's weights as `teacher`, distil
+    guidance into a copy of it."""
     torch.manual_seed(0)
     painter = Painter().to(device)
+    if start is not None:
+        painter.load_state_dict(taken_over(start, *model[1:]))
     if teacher is not None:
         painter.load_state_dict(teacher)
         guide = Painter().to(device).requires_grad_(False)

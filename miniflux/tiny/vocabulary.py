@@ -12,16 +12,18 @@ from pathlib import Path
 
 from ..networks.tokenizer_files import read_spiece_model
 from ..networks.tokenizers import byte_symbols
+from .edits import sample_edit
 from .scenes import sample_scene
 
 MAX_TOKENS = 32                          # of a prompt, for both encoders
-CLIP_MERGES, T5_PIECES = 500, 700
+CLIP_MERGES, T5_PIECES = 700, 900
 START, END = "<|startoftext|>", "<|endoftext|>"
 
 
 def captions(count: int, seed: int) -> list[str]:
+    """Of scenes, and one in five the instruction of an edit."""
     rng = random.Random(seed)
-    return [sample_scene(rng).caption for _ in range(count)]
+    return [sample_edit(rng)[1] if i % 5 == 0 else sample_scene(rng).caption for i in range(count)]
 
 
 def write_json(path: Path, content) -> None:

@@ -8,17 +8,10 @@ import torch
 from PIL import Image, ImageFilter
 
 from miniflux.networks.autoencoder import Autoencoder, AutoencoderConfig
-from miniflux.tiny import evaluate, scenes
+from miniflux.tiny import evaluate, glyphs
 from miniflux.tiny.evaluate import THRESHOLD, Rates, Verdict, judge, rates, true_scenes
-from miniflux.tiny.scenes import (
-    PLAIN,
-    Placed,
-    Scene,
-    held_out_prompts,
-    is_held_out,
-    paint_ground,
-    render,
-)
+from miniflux.tiny.grounds import PLAIN, paint_ground
+from miniflux.tiny.scenes import Placed, Scene, held_out_prompts, is_held_out, render
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +47,7 @@ def test_the_judge_does_not_mind_where_and_how_large_the_object_is():
 def test_the_score_is_one_where_picture_and_sprite_are_equal_and_zero_on_a_flat_picture():
     flat = np.full((128, 128, 3), 90, np.uint8)
     same = flat.copy()
-    stamp = np.float32(scenes.stamp("owl", None, 80))
+    stamp = np.float32(glyphs.stamp("owl", None, 80))
     same[24:104, 24:104] = (stamp[..., :3] - 90) * stamp[..., 3:] / 255 + 90.5
     assert [round(v.score, 2) for v in judge(np.stack([same, flat]))] == [1, 0]
 
@@ -151,8 +144,8 @@ def test_a_mistake_is_answered_with_one_line(arguments, words, capsys):
 
 
 def test_without_the_font_one_sentence_says_what_to_install(monkeypatch, capsys):
-    monkeypatch.setattr(scenes, "FONT_PATHS", ("/nowhere/NotoColorEmoji.ttf",))
-    for cache in (evaluate.sprites, scenes.stamp, scenes._glyph):
+    monkeypatch.setattr(glyphs, "FONT_PATHS", ("/nowhere/NotoColorEmoji.ttf",))
+    for cache in (evaluate.sprites, glyphs.stamp, glyphs._glyph):
         cache.cache_clear()
     with pytest.raises(SystemExit) as stop:
         evaluate.main([])

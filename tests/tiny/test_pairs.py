@@ -5,8 +5,9 @@ import random
 import numpy as np
 
 from miniflux import canny
+from miniflux.tiny.grounds import SIDE
 from miniflux.tiny.pairs import FAR, NEAR, depth_map, edges, hole
-from miniflux.tiny.scenes import SIDE, Placed, Scene, object_masks, render, sample_scene
+from miniflux.tiny.scenes import Placed, Scene, object_masks, render, sample_scene
 
 SCENE = Scene((Placed("cat", None, 8, 40, 40), Placed("apple", "red", 70, 30, 56)), "blue", "a cat left of a red apple", "pair")
 
@@ -26,6 +27,12 @@ def test_the_ground_recedes_upwards_and_the_larger_object_is_nearer():
     assert depth[0, 64, 0] == FAR and depth[-1, 64, 0] == NEAR
     cat, apple = (depth[..., 0][mask] for mask in object_masks(SCENE))
     assert len(set(cat)) == len(set(apple)) == 1 and NEAR < cat[0] < apple[0] < 255
+
+
+def test_what_stands_in_front_is_nearer_though_it_is_smaller():
+    scene = Scene((Placed("cat", None, 60, 70, 48), Placed("tree", None, 20, 8, 70)), "red", "a cat in front of a tree", "overlap", "in front of")
+    cat, tree = (depth_map(scene)[..., 0][mask] for mask in object_masks(scene))
+    assert len(set(cat)) == len(set(tree)) == 1 and NEAR < tree[0] < cat[0] < 255
 
 
 def test_edges_are_those_of_canny_and_lie_about_the_objects():

@@ -33,7 +33,7 @@ def test_diffusers_paints_the_same_picture_with_the_merged_weights(flux, tmp_pat
         shutil.copytree(SHIPPED / "tiny" / part, tmp_path / part)
     pipeline = FluxControlPipeline.from_pretrained(tmp_path).to(torch.float32)
     pipeline.set_progress_bar_config(disable=True)
-    scene = sample_scene(random.Random(3), held_out=True)
+    scene = sample_scene(random.Random(3), kind="single", held_out=True)
     edges = canny(render(scene))
     with pytest.MonkeyPatch.context() as patch:
         from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
@@ -47,7 +47,7 @@ def test_diffusers_paints_the_same_picture_with_the_merged_weights(flux, tmp_pat
 
 def test_the_prompt_still_decides_what_the_edges_leave_open(flux):
     """One outline, two grounds: the colours differ."""
-    edges = canny(render(sample_scene(random.Random(3), held_out=True)))
+    edges = canny(render(sample_scene(random.Random(3), kind="single", held_out=True)))
     red, blue = (np.asarray(control(flux, f"a cat on a {colour} background", edges, steps=12)[0], np.float32)[:8].mean((0, 1))
                  for colour in ("red", "blue"))
     assert red[0] > red[2] + 50 and blue[2] > blue[0] + 50

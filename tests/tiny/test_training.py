@@ -8,8 +8,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 from miniflux import generate, load
+from miniflux.networks.tokenizers import CLIPTokenizer, T5Tokenizer
 from miniflux.tiny import train as command
-from miniflux.tiny.train_flow import noisy
+from miniflux.tiny.train_flow import Painter, noisy, taken_over
 from miniflux.tiny.training import learning_rate_factor, train
 
 
@@ -101,3 +102,17 @@ def test_a_stage_without_the_one_before_says_what_is_missing(tmp_path, capsys, s
     with pytest.raises(SystemExit) as stop:
         command.main([stage, "--work", str(tmp_path), "--steps", "1", "--device", "cpu"])
     assert stop.value.code == 2 and missing in capsys.readouterr().err
+
+
+def test_a_larger_vocabulary_takes_over_the_pieces_that_both_know(tmp_path):
+    """Whatever a caption of known words makes of the known model, it makes of the new one: the pieces moved with their vectors."""
+    flux = load("tiny", device="cpu")
+    command.main(["vocabulary", "--work", str(tmp_path), "--scenes", "3000"])
+    clip, t5 = CLIPTokenizer.from_folder(tmp_path / "model" / "tokenizer"), T5Tokenizer.from_folder(tmp_path / "model" / "tokenizer_2")
+    painter = Painter()
+    painter.load_state_dict(taken_over(flux, clip, t5))
+    caption = ["a cat on a red background"]
+    assert not torch.equal(t5(caption, 32), flux.t5_tokenizer(caption, 32))
+    txt, vec = painter.encode(clip(caption, 32), t5(caption, 32))
+    assert torch.allclose(txt, flux.t5(flux.t5_tokenizer(caption, 32)), atol=1e-5)
+    assert torch.allclose(vec, flux.clip(flux.clip_tokenizer(caption, 32)), atol=1e-5)

@@ -42,7 +42,7 @@ def test_before_it_has_learnt_a_variant_paints_like_its_base_model(monkeypatch):
 
 
 def test_the_figures_of_a_true_scene_are_perfect_and_of_another_poor():
-    scene, other = (sample_scene(random.Random(seed), held_out=True) for seed in (1, 2))
+    scene, other = (sample_scene(random.Random(seed), kind="single", held_out=True) for seed in (1, 2))
     picture, wrong = render(scene), render(other)
     assert edge_f1(edges(picture), edges(picture)) == pytest.approx(1) and edge_f1(edges(wrong), edges(picture)) < 0.7
     assert overlap(picture, scene) > 0.8 and overlap(np.zeros_like(picture), scene) < 0.6

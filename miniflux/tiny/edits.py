@@ -1,0 +1,108 @@
+"""Edits of scenes: what to do, in words, and the scene in which just that has been done; and new pictures of the same things.
+
+    >>> scene = sample_scene(random.Random(3))
+    >>> instruction, after = edit(scene, random.Random(0))
+
+An edit changes one thing: the ground, the style, one object's kind, colour or size, or whether it is there. Everything else
+stays where it is, so what should be kept is known pixel by pixel.
+"""
+import random
+from collections.abc import Callable
+from dataclasses import replace
+
+from .glyphs import COLOURS, OBJECTS, RECOLOURABLE
+from .grounds import PLAIN, SCENIC, SIDE
+from .scenes import GROUNDS, Placed, Scene, article, is_held_out, is_visible, sample_scene
+from .styles import STYLES
+
+
+def fits(scene: Scene) -> bool:
+    """Whether training may show all objects of the scene on its ground, and all can be seen."""
+    return all(not is_held_out(o.name, scene.ground) and is_visible(o.name, o.colour, scene.ground) for o in scene.objects)
+
+
+def of(scene: Scene, changed: Placed, now: Placed | None) -> Scene:
+    """The scene with an object replaced by another, or without it."""
+    objects = tuple(o if o != changed else now for o in scene.objects)
+    return replace(scene, objects=tuple(o for o in objects if o))
+
+
+def ground(scene: Scene, rng: random.Random) -> tuple[str, Scene]:
+    new = rng.choice(GROUNDS)
+    said = (f"make the background {new}", f"change the background to {new}") if new in PLAIN else (
+        f"put it {SCENIC[new][0]}", f"change the background to {'the ' * (new in ('sea', 'sky', 'snow', 'desert'))}{new}")
+    return rng.choice(said), replace(scene, ground=new)
+
+
+def exchange(scene: Scene, rng: random.Random) -> tuple[str, Scene]:
+    old, new = rng.choice(scene.objects), rng.choice(OBJECTS)
+    said = rng.choice(("replace the {} with {}", "turn the {} into {}"))
+    return said.format(old.name, article(new)), of(scene, old, replace(old, name=new, colour=None))
+
+
+def remove(scene: Scene, rng: random.Random) -> tuple[str, Scene]:
+    old = rng.choice(scene.objects)
+    return rng.choice(("remove the {}", "take away the {}")).format(old.name), of(scene, old, None)
+
+
+def add(scene: Scene, rng: random.Random) -> tuple[str, Scene]:
+    """Into the quarter of the picture, or the side of a single object, that is farthest from all others."""
+    name, size = rng.choice(OBJECTS), 2 * rng.randint(19, 23)
+    spots = [(x, y) for x in (8, SIDE - 8 - size) for y in (8, SIDE - 8 - size)]
+    x, y = max(spots, key=lambda spot: min((abs(spot[0] + size / 2 - o.x - o.size / 2) + abs(spot[1] + size / 2 - o.y - o.size / 2)
+                                            for o in scene.objects), default=0))
+    return f"add {article(name)}", replace(scene, objects=(*scene.objects, Placed(name, None, x, y, size)))
+
+
+def recolour(scene: Scene, rng: random.Random) -> tuple[str, Scene]:
+    old, colour = rng.choice(scene.objects), rng.choice(tuple(COLOURS))
+    new = replace(old, colour=colour) if old.name in RECOLOURABLE and colour not in (old.colour, RECOLOURABLE[old.name]) else old
+    return rng.choice(("make the {} {}", "paint the {} {}")).format(old.name, colour), of(scene, old, new)
+
+
+def resize(scene: Scene, rng: random.Random) -> tuple[str, Scene]:
+    """About the same centre, pushed inside the picture; to two thirds or to three halves, as many pixels as there are at most."""
+    old, word = rng.choice(scene.objects), rng.choice(("bigger", "smaller"))
+    size = 2 * round(old.size * (1.5 if word == "bigger" else 1 / 1.5) / 2)
+    x, y = (min(max(at + (old.size - size) // 2, 0), max(SIDE - size, 0)) for at in (old.x, old.y))
+    alone = len(scene.objects) == 1 and size <= 0.95 * SIDE
+    return f"make the {old.name} {word}", of(scene, old, replace(old, x=x, y=y, size=size)) if alone or word == "smaller" else scene
+
+
+def style(scene: Scene, rng: random.Random) -> tuple[str, Scene]:
+    new = rng.choice(tuple(STYLES))
+    said = f"make it {new}" if new == "black and white" else f"turn it into {article(new) if new != 'pixel art' else new}"
+    return said, replace(scene, style=new)
+
+
+EDITS: dict[str, Callable[[Scene, random.Random], tuple[str, Scene]]] = dict(
+    ground=ground, exchange=exchange, remove=remove, add=add, recolour=recolour, resize=resize, style=style)
+
+
+def edit(scene: Scene, rng: random.Random, kind: str | None = None) -> tuple[str, Scene] | None:
+    """(instruction, the scene after it), of one of `EDITS`; None where that cannot be done, as a blue fish cannot be made blue.
+
+    The objects that an instruction names with "the" must be there once: no edit of scenes that count."""
+    instruction, after = EDITS[kind or rng.choice(tuple(EDITS))](scene, rng)
+    names = [o.name for o in after.objects]
+    possible = after != scene and fits(after) and len(set(names)) == len(names) <= 4 and scene.kind not in ("count", "overlap")
+    return (instruction, replace(after, caption="")) if possible else None
+
+
+def sample_edit(rng: random.Random, kind: str | None = None) -> tuple[Scene, str, Scene]:
+    """(a scene, an instruction, the scene after it): only what training may show."""
+    while True:
+        scene = sample_scene(rng)
+        if scene.style is None and (done := edit(scene, rng, kind)):
+            return scene, *done
+
+
+def variation(scene: Scene, rng: random.Random) -> Scene:
+    """Another picture of the same objects on the same ground: other places and sizes, another sky."""
+    size = 0.85 + 0.3 * rng.random()
+    objects = []
+    for o in scene.objects:
+        side = min(2 * round(o.size * size / 2), SIDE)
+        x, y = (min(max(at + (o.size - side) // 2 + rng.randint(-6, 6), 0), SIDE - side) for at in (o.x, o.y))
+        objects.append(replace(o, x=x, y=y, size=side))
+    return replace(scene, objects=tuple(objects), seed=rng.getrandbits(32))

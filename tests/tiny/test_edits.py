@@ -1,0 +1,64 @@
+"""Edits of scenes: instruction and result. Oracles: by hand on single scenes; what must be left alike."""
+
+import random
+
+import numpy as np
+import pytest
+
+from miniflux.tiny.edits import EDITS, edit, fits, sample_edit, variation
+from miniflux.tiny.scenes import Placed, Scene, object_masks, render
+
+SCENE = Scene((Placed("cat", None, 8, 40, 44), Placed("apple", None, 74, 40, 44)), "green", "a cat left of an apple", "pair", seed=5)
+
+
+def test_an_edit_says_what_it_does():
+    """By hand, with the first possible edit of each kind."""
+    done = {}
+    for kind in EDITS:
+        seed = next(seed for seed in range(99) if edit(SCENE, random.Random(seed), kind))
+        done[kind] = edit(SCENE, random.Random(seed), kind)
+    instruction, after = done["ground"]
+    assert after.ground in instruction and after.ground != "green" and after.objects == SCENE.objects
+    instruction, after = done["exchange"]
+    changed, = set(SCENE.objects) - set(after.objects)
+    new, = set(after.objects) - set(SCENE.objects)
+    assert f"the {changed.name}" in instruction and new.name in instruction and (new.x, new.y, new.size) == (changed.x, changed.y, changed.size)
+    instruction, after = done["remove"]
+    gone, = set(SCENE.objects) - set(after.objects)
+    assert f"the {gone.name}" in instruction and len(after.objects) == 1
+    instruction, after = done["add"]
+    assert after.objects[:2] == SCENE.objects and after.objects[2].name in instruction
+    instruction, after = done["recolour"]
+    assert "the apple" in instruction and after.objects[1].colour in instruction and after.objects[0] == SCENE.objects[0]
+    instruction, after = done["resize"]
+    smaller, = set(after.objects) - set(SCENE.objects)
+    assert instruction == f"make the {smaller.name} smaller" and smaller.size == 30
+    instruction, after = done["style"]
+    assert after.style in instruction and after.objects == SCENE.objects
+
+
+@pytest.mark.parametrize("kind", EDITS)
+def test_an_edit_changes_something_that_training_may_show_and_keeps_the_rest(kind):
+    for seed in range(25):
+        scene, instruction, after = sample_edit(random.Random(seed), kind)
+        before, picture = render(scene), render(after)
+        assert fits(after) and instruction and (before != picture).any()
+        if kind in ("exchange", "remove", "add", "recolour", "resize"):
+            touched = set(scene.objects) ^ set(after.objects)
+            shown = [object_masks(s)[i] for s in (scene, after) for i, o in enumerate(s.objects) if o in touched]
+            assert (before == picture)[~np.any(shown, axis=0)].all()
+
+
+def test_what_cannot_be_done_is_not_asked_for():
+    fish = Scene((Placed("fish", "blue", 30, 30, 60),), "red", "", "single")
+    assert not any("blue" in done[0] for seed in range(60) if (done := edit(fish, random.Random(seed), "recolour")))
+    cats = Scene((Placed("cat", None, 2, 40, 50), Placed("cat", None, 70, 40, 50)), "blue", "two cats", "count")
+    assert not any(edit(cats, random.Random(seed), kind) for seed in range(20) for kind in EDITS)   # which cat?
+
+
+def test_a_variation_shows_the_same_things_elsewhere():
+    for seed in range(20):
+        other = variation(SCENE, random.Random(seed))
+        assert [o.name for o in other.objects] == ["cat", "apple"] and other.ground == "green" and other != SCENE
+        assert all(0 <= min(o.x, o.y) and max(o.x, o.y) + o.size <= 128 and o.size % 2 == 0 for o in other.objects)
+        assert render(other).shape == (128, 128, 3)
