@@ -232,9 +232,9 @@ def bench_lora(_: str) -> None:
 
 def bench_quantize(source: str) -> None:
     """The model's own step and pictures, and a product at FLUX.1's width, 3072 x 12288, for 1,024 tokens."""
-    from .tiny.evaluate import evaluate, held_out_prompts
+    from .tiny.evaluate import evaluate, held_out_scenes
 
-    flux, prompts = load(source, device="cpu"), held_out_prompts(50, 0)
+    flux, scenes = load(source, device="cpu"), held_out_scenes(50, 0, ("object",))
     torch.manual_seed(0)
     x, weight = torch.randn(1024, 3072), torch.randn(12288, 3072) / 55
     forms: dict[str, tuple[Flux, Callable]] = {"float32": (flux, lambda: nn.functional.linear(x, weight))}
@@ -251,7 +251,7 @@ def bench_quantize(source: str) -> None:
     for i, (form, (model, _)) in enumerate(forms.items()):
         size = sum(t.numel() * t.dtype.itemsize for t in (*model.mmdit.parameters(), *model.mmdit.buffers()))
         off = (generate(model, PROMPT, output="tensor", progress=False) - exact).abs().mean()
-        rates = evaluate(model, prompts).painted
+        rates = evaluate(model, scenes).painted
         print(f"{form:14} {size / 2**20:8.1f} MiB {1e3 * (steps[2 * i + 1] - steps[2 * i]) / 14:6.1f} ms {1e3 * times[i]:12.0f} ms {off:11.4f} "
               f"{rates.object:13.0%} {rates.ground:8.0%}")
 

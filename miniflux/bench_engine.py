@@ -24,7 +24,6 @@ from .latents import decode
 from .networks.mmdit import MMDiT, MMDiTConfig
 from .prompt import encode_prompt
 from .tiny.export import write_mmdit
-from .tiny.scenes import held_out_prompts
 
 PICTURES, STEPS = 40, 28
 
@@ -86,12 +85,14 @@ def cache_beside_diffusers(source: str, thresholds: tuple[float, ...] = (0.1, 0.
     """The first-block cache of both, in turn; their pictures are equal, and so are their full steps."""
     from diffusers import FirstBlockCacheConfig, FluxPipeline
 
+    from .tiny.evaluate import held_out_scenes
+
     flux, pipe = load(source, device="cpu"), FluxPipeline.from_pretrained(find_source(source), torch_dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     full: list[int] = []
     for layer in (flux.mmdit.single_blocks[-1].linear2, pipe.transformer.single_transformer_blocks[-1].proj_out):
         layer.register_forward_hook(lambda *_: full.append(1))
-    prompt, size = held_out_prompts(1, 0)[0][0], flux.config.size
+    prompt, size = held_out_scenes(1, 0, ("object",))[0].caption, flux.config.size
 
     def ours(flux: Flux, seed: int) -> Tensor:
         return generate(flux, prompt, seed=seed, steps=STEPS, output="tensor", progress=False)
@@ -124,11 +125,11 @@ def cache_beside_diffusers(source: str, thresholds: tuple[float, ...] = (0.1, 0.
 def bench_caching(source: str) -> None:
     """Held-out prompts, one picture at a time; each cache beside as many plain steps as its time would buy."""
     cache_beside_diffusers(source)
-    from .tiny.evaluate import judge, rates
+    from .tiny.evaluate import held_out_scenes, rates
+    from .tiny.judge import judge
 
-    flux, prompts = load(source, device="cpu"), held_out_prompts(PICTURES, 0)
-    encoded = [encode_prompt(flux, prompt) for prompt, _, _ in prompts]
-    truth = [(name, ground) for _, name, ground in prompts]
+    flux, scenes = load(source, device="cpu"), held_out_scenes(PICTURES, 0, ("object",))
+    encoded = [encode_prompt(flux, scene.caption) for scene in scenes]
     counted: list[int] = []
     flux.mmdit.single_blocks[-1].linear2.register_forward_hook(lambda *_: counted.append(1))
 
@@ -156,7 +157,7 @@ def bench_caching(source: str) -> None:
     print(f"\n{f'{PICTURES} pictures of {STEPS} steps':32} {'full steps':>10} {'time':>6} {'difference':>11} {'object right':>13} {'ground':>7}")
 
     def row(what: str, full: float, time: float, pictures: torch.Tensor) -> None:
-        right = rates(judge([*map(torch.Tensor.numpy, (255 * pictures).round().byte().permute(0, 2, 3, 1))]), truth)
+        right = rates(judge([*map(torch.Tensor.numpy, (255 * pictures).round().byte().permute(0, 2, 3, 1))]), scenes)
         print(f"{what:32} {full:10.1f} {time:6.2f} {float((pictures - exact).abs().mean()):11.4f} {right.object:13.0%} {right.ground:7.0%}")
 
     for name in models:

@@ -10,9 +10,10 @@ from .checkpoints import layouts
 from .checkpoints.building import pick
 from .checkpoints.formats import PICKLES, listing, read_header, read_json
 from .checkpoints.hub import OFFICIAL, cache_folder, find_in_cache, find_or_download, is_repo
+from .images import check_number
 from .networks.autoencoder import Autoencoder
 from .networks.clip import CLIPText, CLIPVision
-from .networks.mmdit import MMDiT
+from .networks.mmdit import MMDiT, timestep_embedding
 from .networks.siglip import ReduxEmbedder, SigLIP
 from .networks.t5 import T5
 from .networks.tokenizers import CLIPTokenizer, T5Tokenizer
@@ -151,14 +152,33 @@ def assemble(source: str | Path, device: torch.device, dtype: torch.dtype | None
 
 
 def assemble_variant(folder: Path, device: torch.device, dtype: torch.dtype | None, transformer: str | Path | None) -> Flux:
-    """A shipped model with the LoRA of this folder merged into it for good; it may widen the first layer."""
+    """A shipped model with the LoRA of this folder merged into it for good; it may widen the first layer, or, where `variant.json`
+    says with which guidance it was made to need few steps, take the guidance embedding away."""
     from .adapters.lora import merged_for_good
 
-    base, shipped = read_json(folder / VARIANT).get("base"), shipped_models()
+    described, shipped = read_json(folder / VARIANT), shipped_models()
+    base, guidance = described.get("base"), described.get("guidance")
     if base not in shipped or (shipped[base] / VARIANT).is_file():
         raise ValueError(f"{folder / VARIANT} names the base {base!r:.60}: expected a shipped model such as tiny")
     flux = merged_for_good(assemble(base, device, dtype, transformer), folder / "lora.safetensors")
-    return replace(flux, config=replace(flux.config, name=folder.name))
+    config = replace(flux.config, name=folder.name)
+    if guidance is None:
+        return replace(flux, config=config)
+    check_number(f"the guidance in {folder / VARIANT}", guidance, 0, 1000)
+    return replace(flux, mmdit=without_guidance(flux.mmdit, guidance), config=replace(config, dynamic_shift=False, shift=1.0))
+
+
+@torch.no_grad()
+def without_guidance(mmdit: MMDiT, guidance: float) -> MMDiT:
+    """The transformer that computes for ever what this one computes with that guidance: the constant part of
+    time_in(t) + guidance_in(g) + vector_in(p) moves into the last bias."""
+    with torch.device("meta"):
+        fixed = MMDiT(replace(mmdit.config, guidance_embed=False))
+    bias = mmdit.vector_in.out_layer.bias
+    constant = mmdit.guidance_in(timestep_embedding(bias.new_tensor([guidance])))[0]
+    state = {name: value for name, value in mmdit.state_dict().items() if not name.startswith("guidance_in.")}
+    fixed.load_state_dict(state | {"vector_in.out_layer.bias": bias + constant}, assign=True)
+    return fixed.eval().requires_grad_(False)
 
 
 def add_redux(flux: Flux, source: str | Path, image_encoder: str | Path | None = None) -> Flux:

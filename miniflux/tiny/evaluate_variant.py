@@ -20,8 +20,9 @@ from ..control import control
 from ..fill import fill
 from ..flux import Flux, load
 from ..images import check_number, check_output, save
-from .evaluate import judge, round_trip
+from .evaluate import round_trip
 from .grounds import SIDE, paint_ground
+from .judge import judge
 from .pairs import depth_map, edges
 from .scenes import Scene, contact_sheet, object_masks, render, sample_scene
 from .train_variant import VARIANTS

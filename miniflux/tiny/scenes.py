@@ -116,16 +116,6 @@ def sample_scene(rng: random.Random, *, kind: str | None = None, coloured: bool 
     return Scene(objects, ground, caption, kind, relation, style, seed)
 
 
-def held_out_prompts(n: int, seed: int = 0) -> list[tuple[str, str, str]]:
-    """`n` triples (prompt, object, ground) that training never shows, in random order; each once before any comes again."""
-    rng, prompts = random.Random(seed), []
-    pairs = [(o, g) for o in OBJECTS for g in PLAIN if is_held_out(o, g) and is_visible(o, None, g)]
-    while len(prompts) < n:
-        rng.shuffle(pairs)
-        prompts += [(f"{article(name)} {_where(ground, ground)}", name, ground) for name, ground in pairs]
-    return prompts[:n]
-
-
 def _choose(rng: random.Random, ground: str, n: int, coloured: bool | None, held_out: bool) -> list[tuple[str, str | None]]:
     """Up to `n` different objects with their colours, allowed on this ground. Recolourable ones come twice as often."""
     chosen: dict[str, str | None] = {}

@@ -26,7 +26,7 @@ from ..networks.mmdit import MMDiT, MMDiTConfig, Modulation
 from ..networks.t5 import T5, T5Config
 from ..networks.tokenizers import CLIPTokenizer, T5Tokenizer
 from ..sampling import image_ids, patchify, text_ids
-from .scenes import contact_sheet, held_out_prompts, render, sample_scene
+from .scenes import contact_sheet, render, sample_scene
 from .train_autoencoder import to_tensor
 from .training import train
 from .vocabulary import MAX_TOKENS
@@ -163,7 +163,7 @@ def run(folder: Path, model: tuple[Autoencoder, CLIPTokenizer, T5Tokenizer], ste
         autoencoder, clip_tokenizer, t5_tokenizer = model
         flux = Flux(clip_tokenizer, t5_tokenizer, averaged.clip, averaged.t5, averaged.mmdit, autoencoder,
                     FluxConfig(name=folder.name, size=8 * SIDE, max_text_tokens=MAX_TOKENS))
-        prompts = [prompt for prompt, _, _ in held_out_prompts(16, seed=1)]
+        prompts = [sample_scene(random.Random(i), held_out=True).caption for i in range(24)]
         guided = dict(guidance=1.0, true_cfg=3.5, negative_prompt="") if teacher is None else dict(guidance=3.5)
         pictures = generate(flux, prompts, steps=20, progress=False, **guided)
         save(contact_sheet([np.asarray(picture) for picture in pictures], prompts), folder / "sheet.png", {"step": step})

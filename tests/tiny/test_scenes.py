@@ -18,7 +18,6 @@ from miniflux.tiny.scenes import (
     Scene,
     article,
     contact_sheet,
-    held_out_prompts,
     is_held_out,
     is_visible,
     object_masks,
@@ -146,14 +145,6 @@ def test_held_out_pairs_stay_the_same_for_ever():
     held_out = {name: [ground for ground in PLAIN if is_held_out(name, ground)] for name in ("cat", "dog", "owl", "apple", "teapot")}
     assert held_out == {"cat": ["red", "gray"], "dog": ["orange", "cyan"], "owl": ["green"], "apple": ["blue"], "teapot": ["orange", "cyan"]}
     assert OBJECTS[71] == "teapot" and len(OBJECTS) == 108
-
-
-def test_held_out_prompts_are_canonical_and_held_out():
-    prompts = held_out_prompts(60, seed=3)
-    assert len(set(prompts)) == 60 and prompts == held_out_prompts(60, seed=3) != held_out_prompts(60, seed=4)
-    assert len(held_out_prompts(200)) == 200
-    for prompt, name, ground in prompts:
-        assert prompt == f"{article(name)} on {article(ground)} background" and is_held_out(name, ground)
 
 
 @pytest.mark.parametrize("kind, count", [("single", 1), ("pair", 2), ("overlap", 2), ("three", 3), ("four", 4)])

@@ -9,7 +9,7 @@ from PIL import Image
 
 from miniflux import generate, load
 from miniflux.flux import SHIPPED
-from miniflux.tiny.evaluate import judge
+from miniflux.tiny.judge import judge
 
 PROMPT = "a red apple on a blue background"
 

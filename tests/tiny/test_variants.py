@@ -1,13 +1,17 @@
 """Variants of the tiny model: what their training writes, `load` opens. Oracles: the base model; by hand."""
 
 import random
+import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from miniflux import load
-from miniflux.tiny import evaluate_variant, train, train_variant
+from miniflux import generate, load
+from miniflux.flux import without_guidance
+from miniflux.sampling import patchify, unpatchify
+from miniflux.tiny import evaluate_variant, train, train_schnell, train_variant
 from miniflux.tiny.evaluate_variant import edge_f1, object_box, overlap
 from miniflux.tiny.pairs import edges
 from miniflux.tiny.scenes import render, sample_scene
@@ -28,6 +32,41 @@ def test_a_stage_writes_a_folder_that_load_opens(tmp_path, quick, capsys, varian
     base = load("tiny", device="cpu").mmdit
     change = flux.mmdit.img_in.weight[:, :64] - base.img_in.weight
     assert 0 < change.abs().max() < 0.1
+
+
+def test_schnell_is_written_as_a_lora_with_its_guidance_and_loads_without_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(train_schnell, "BATCH", 4)
+    with torch.enable_grad():
+        train.main(["schnell", "--steps", "2", "--scenes", "6", "--work", str(tmp_path), "--device", "cpu"])
+    flux = load(tmp_path / "schnell", device="cpu")
+    assert not flux.mmdit.config.guidance_embed and not flux.config.dynamic_shift and (tmp_path / "schnell" / "sheet.png").is_file()
+    seen = []
+    picture, = generate(flux, "a cat", progress=False, on_step=lambda step, t, x: seen.append(t))
+    assert seen == pytest.approx([1, 0.75, 0.5, 0.25]) and picture.size == (128, 128)
+    (tmp_path / "schnell" / "variant.json").write_text('{"base": "tiny", "guidance": "strong"}')
+    with pytest.raises(ValueError, match="the guidance in .*variant.json is 'strong'"):
+        load(tmp_path / "schnell", device="cpu")
+
+
+def test_a_guidance_that_is_folded_in_computes_the_same():
+    mmdit = load("tiny", device="cpu").mmdit
+    x, ids = torch.randn(2, 64, 64), (train_variant.image_ids(16, 16), train_variant.text_ids(8))
+    prompt, t = (torch.randn(2, 8, 128), torch.randn(2, 128)), torch.tensor([0.3, 0.9])
+    fixed = without_guidance(mmdit, 3.5)
+    assert torch.allclose(fixed(x, *prompt, t, None, *ids), mmdit(x, *prompt, t, torch.full((2,), 3.5), *ids), atol=1e-5)
+    assert (mmdit(x, *prompt, t, torch.full((2,), 1.0), *ids) - fixed(x, *prompt, t, None, *ids)).abs().max() > 1e-2
+
+
+def test_the_teachers_paths_are_those_of_twelve_steps(monkeypatch):
+    """The kept states are a quarter of the time apart and end where twelve plain steps end."""
+    flux = load("tiny", device="cpu")
+    flux = replace(flux, config=replace(flux.config, dynamic_shift=False, shift=1.0))
+    states, txt, vec = train_schnell.paths(flux, 2, seed=3)
+    assert states.shape == (2, 5, 64, 64) and len(txt) == len(vec) == 2
+    caption = sample_scene(random.Random(3)).caption
+    monkeypatch.setattr(sys.modules["miniflux.generate"], "noise", lambda *sizes, **kinds: unpatchify(states[:1, 0], 16, 16))
+    z = generate(flux, caption, steps=12, guidance=3.5, output="latents", progress=False)
+    assert (patchify(z) - states[:1, 4]).abs().mean() < 0.02              # bfloat16 products
 
 
 def test_before_it_has_learnt_a_variant_paints_like_its_base_model(monkeypatch):

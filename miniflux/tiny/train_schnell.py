@@ -1,0 +1,77 @@
+"""Stage 5: four steps instead of 28, without guidance: what "schnell" is.
+
+    teacher:   twelve Euler steps from noise with guidance 3.5; its states at t = 1, 3/4, 1/2, 1/4, 0 are kept: x_0 .. x_4
+    student:   loss = ‖v(x_k, t_k, caption) - (x_{k+1} - x_k) / (t_{k+1} - t_k)‖²         k uniform in 0 .. 3
+
+The student learns to take three of the teacher's steps in one, on the teacher's own paths: progressive distillation (Salimans & Ho
+2022, arXiv:2202.00512) in one leap. Its change is a LoRA. It always sees guidance 3.5, so `load` folds that into the network
+(`variant.json` says which), and what is left takes no guidance, as FLUX.1-schnell.
+"""
+
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..flux import Flux
+from ..generate import generate
+from ..images import save
+from ..networks.attention import attention_backend
+from ..prompt import encode_prompt
+from ..sampling import image_ids, text_ids
+from .scenes import contact_sheet, sample_scene
+from .train_flow import BATCH, SIDE
+from .train_variant import with_factors, write_lora
+from .training import train
+
+STEPS, TEACHER_STEPS, GUIDANCE = 4, 12, 3.5
+
+
+@torch.no_grad()
+def paths(teacher: Flux, count: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The teacher's states (count, STEPS + 1, N, 64) on its way to `count` pictures, and their encoded captions."""
+    rng, generator, columns = random.Random(seed), torch.Generator().manual_seed(seed), []
+    times = torch.linspace(1, 0, TEACHER_STEPS + 1)
+    for begin in range(0, count, BATCH):
+        n = min(BATCH, count - begin)
+        prompt = encode_prompt(teacher, [sample_scene(rng).caption for _ in range(n)])
+        x, ids = torch.randn(n, SIDE ** 2 // 4, 64, generator=generator), (image_ids(SIDE, SIDE), text_ids(prompt.txt.shape[1]))
+        states, guidance = [x], torch.full((n,), GUIDANCE)
+        for i, (now, then) in enumerate(zip(times, times[1:]), start=1):
+            with torch.autocast("cpu", torch.bfloat16), attention_backend("formula"):
+                v = teacher.mmdit(x, prompt.txt, prompt.vec, now.expand(n), guidance, *ids)
+            x = x + (then - now) * v.float()                                    # (n, N, 64)
+            states += [x] if i % (TEACHER_STEPS // STEPS) == 0 else []
+        columns.append((torch.stack(states, dim=1), prompt.txt.bfloat16(), prompt.vec.bfloat16()))
+    return tuple(map(torch.cat, zip(*columns)))
+
+
+def run(folder: Path, teacher: Flux, student: Flux, steps: int | None, minutes: float | None, count: int, lr: float) -> None:
+    """Distil the teacher's paths to `count` pictures into `student`, another copy of it, which is changed; writes its LoRA."""
+    torch.manual_seed(0)
+    states, txt, vec = paths(teacher, count, seed=30)
+    student = replace(student, config=replace(student.config, dynamic_shift=False, shift=1.0))      # its times are quarters
+    mmdit, changes = student.mmdit, with_factors(student.mmdit, 0)
+    times, ids = torch.linspace(1, 0, STEPS + 1), (image_ids(SIDE, SIDE), text_ids(txt.shape[1]))
+    prompts = [sample_scene(random.Random(i), held_out=True).caption for i in range(24)]
+
+    def loss(generator: torch.Generator) -> Tensor:
+        index, k = (torch.randint(high, (BATCH,), generator=generator) for high in (len(states), STEPS))
+        x, then = states[index, k], states[index, k + 1]
+        with torch.autocast("cpu", torch.bfloat16), attention_backend("formula"):
+            v = mmdit(x, txt[index].float(), vec[index].float(), times[k], torch.full((BATCH,), GUIDANCE), *ids)
+        return (v.float() - (x - then) * STEPS).square().mean()
+
+    def on_save(step: int, ema: dict[str, Tensor]) -> dict:
+        now = {name: value.clone() for name, value in mmdit.state_dict().items()}
+        mmdit.load_state_dict(ema)
+        pictures = generate(student, prompts, steps=STEPS, guidance=GUIDANCE, progress=False)
+        mmdit.load_state_dict(now)
+        save(contact_sheet([np.asarray(picture) for picture in pictures], prompts), folder / "sheet.png", {"step": step})
+        write_lora(folder / "lora.safetensors", changes, ema)
+        return {"sheet": str(folder / "sheet.png")}
+
+    train(mmdit, loss, folder, lr=lr, steps=steps, minutes=minutes, seed=4, on_save=on_save)
