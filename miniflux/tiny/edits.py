@@ -12,8 +12,8 @@ from dataclasses import replace
 
 from .glyphs import COLOURS, OBJECTS, RECOLOURABLE
 from .grounds import PLAIN, SCENIC, SIDE
-from .scenes import GROUNDS, Placed, Scene, article, is_held_out, is_visible, sample_scene
-from .styles import STYLES
+from .scenes import GROUNDS, Placed, Scene, article, is_held_out, is_visible, sample_scene, where
+from .styles import COLOURLESS, STYLES
 
 
 def fits(scene: Scene) -> bool:
@@ -95,6 +95,14 @@ def sample_edit(rng: random.Random, kind: str | None = None) -> tuple[Scene, str
         scene = sample_scene(rng)
         if scene.style is None and (done := edit(scene, rng, kind)):
             return scene, *done
+
+
+def describe(scene: Scene) -> str:
+    """A caption in the canonical form, of any scene: "a cat and a red apple on a blue background"."""
+    words = [article(f"{o.colour} {o.name}" if o.colour else o.name) for o in scene.objects] or ["nothing"]
+    listed = " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+    seen = listed if scene.style in COLOURLESS and scene.ground in PLAIN else f"{listed} {where(scene.ground, scene.ground)}"
+    return STYLES[scene.style][0].format(seen) if scene.style else seen
 
 
 def variation(scene: Scene, rng: random.Random) -> Scene:

@@ -112,7 +112,7 @@ def sample_scene(rng: random.Random, *, kind: str | None = None, coloured: bool 
     else:
         phrase = article(words[0] if kind == "single" else f"{kind} {words[0]}")
     objects = _overlap(rng, chosen, relation) if kind == "overlap" else _place(rng, chosen, centres, kind)
-    caption = f"{phrase} {_where(ground, ground)}" if held_out else _caption(rng, phrase, ground, kind, style)
+    caption = f"{phrase} {where(ground, ground)}" if held_out else _caption(rng, phrase, ground, kind, style)
     return Scene(objects, ground, caption, kind, relation, style, seed)
 
 
@@ -165,15 +165,15 @@ def _say(rng: random.Random, word: str) -> str:
     return rng.choice(SYNONYMS[word]) if word in SYNONYMS and rng.random() < 0.1 else word
 
 
-def _where(ground: str, word: str) -> str:
-    """_where("gray", "grey") = "on a grey background", _where("sea", "sea") = "in the sea"."""
+def where(ground: str, word: str) -> str:
+    """where("gray", "grey") = "on a grey background", where("sea", "sea") = "in the sea"."""
     return SCENIC[ground][0] if ground in SCENIC else f"on {article(word)} background"
 
 
 def _caption(rng: random.Random, phrase: str, ground: str, kind: str, style: str | None) -> str:
     """The canonical form three times of five; else a short form, a prefix, another order, or no word about the ground."""
     word = _say(rng, ground)
-    full, bare = f"{phrase} {_where(ground, word)}", phrase.removeprefix("a ").removeprefix("an ")
+    full, bare = f"{phrase} {where(ground, word)}", phrase.removeprefix("a ").removeprefix("an ")
     if style:                                          # Note: a pencil knows no red: what has no colours is said without
         seen = phrase if style in COLOURLESS and ground in PLAIN else full
         return rng.choice(STYLES[style]).format(seen)

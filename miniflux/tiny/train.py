@@ -5,6 +5,7 @@
     python -m miniflux.tiny.train base --minutes 78
     python -m miniflux.tiny.train guidance --minutes 11
     python -m miniflux.tiny.train schnell --minutes 15
+    python -m miniflux.tiny.train kontext --minutes 30
     python -m miniflux.tiny.train fill --minutes 12              canny, depth likewise
 
 Everything lies below `--work`: each stage's state, log and sample sheet in its own folder, and in `model/` the model so
@@ -25,9 +26,9 @@ from ..cli import Parser
 from ..flux import find_device, load
 from ..networks.autoencoder import Autoencoder
 from ..networks.tokenizers import CLIPTokenizer, T5Tokenizer
-from . import export, train_autoencoder, train_flow, train_schnell, train_variant, vocabulary
+from . import export, train_autoencoder, train_flow, train_kontext, train_schnell, train_variant, vocabulary
 
-SCENES = {"vocabulary": 20_000, "autoencoder": 6_000, "base": 36_000, "guidance": 36_000, "schnell": 4_000} | dict.fromkeys(train_variant.VARIANTS, 6_000)
+SCENES = {"vocabulary": 20_000, "autoencoder": 6_000, "base": 36_000, "guidance": 36_000, "schnell": 4_000, "kontext": 6_000} | dict.fromkeys(train_variant.VARIANTS, 6_000)
 
 
 def averaged(folder: Path) -> dict[str, Tensor]:
@@ -76,6 +77,8 @@ def train_variant_stage(work: Path, stage: str, steps: int | None, minutes: floa
     if stage == "schnell":
         train_schnell.run(work / stage, flux, student, steps, minutes, scenes, lr=1e-3)
         description["guidance"] = train_schnell.GUIDANCE
+    elif stage == "kontext":
+        train_kontext.run(work / stage, flux, student, steps, minutes, scenes, lr=2e-3)
     else:
         train_variant.run(work / stage, stage, flux, student, steps, minutes, scenes, lr=2e-3)
     vocabulary.write_json(work / stage / "variant.json", description)        # `load` opens the stage's folder
@@ -85,7 +88,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = Parser(prog="python -m miniflux.tiny.train", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", choices=list(SCENES))
-    parser.add_argument("--base", default="tiny", help="the model of which schnell, fill, canny and depth are variants (default tiny)")
+    parser.add_argument("--base", default="tiny", help="the model of which schnell, kontext, fill, canny and depth are variants (default tiny)")
     parser.add_argument("--start", help="the model whose weights the stages autoencoder and base begin with (default: random ones)")
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--minutes", type=float, help="train for so long (default 15)")
@@ -101,7 +104,7 @@ def main(argv: list[str] | None = None) -> None:
             vocabulary.learn(args.work / "model", scenes)
         elif args.stage == "autoencoder":
             train_autoencoder_stage(args.work, args.steps, minutes, scenes, args.device, args.start)
-        elif args.stage == "schnell" or args.stage in train_variant.VARIANTS:
+        elif args.stage in ("schnell", "kontext", *train_variant.VARIANTS):
             train_variant_stage(args.work, args.stage, args.steps, minutes, scenes, args.device, args.base)
         else:
             train_painter_stage(args.work, args.stage, args.steps, minutes, scenes, args.device, args.start)

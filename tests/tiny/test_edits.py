@@ -1,11 +1,12 @@
 """Edits of scenes: instruction and result. Oracles: by hand on single scenes; what must be left alike."""
 
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from miniflux.tiny.edits import EDITS, edit, fits, sample_edit, variation
+from miniflux.tiny.edits import EDITS, describe, edit, fits, sample_edit, variation
 from miniflux.tiny.scenes import Placed, Scene, object_masks, render
 
 SCENE = Scene((Placed("cat", None, 8, 40, 44), Placed("apple", None, 74, 40, 44)), "green", "a cat left of an apple", "pair", seed=5)
@@ -54,6 +55,14 @@ def test_what_cannot_be_done_is_not_asked_for():
     assert not any("blue" in done[0] for seed in range(60) if (done := edit(fish, random.Random(seed), "recolour")))
     cats = Scene((Placed("cat", None, 2, 40, 50), Placed("cat", None, 70, 40, 50)), "blue", "two cats", "count")
     assert not any(edit(cats, random.Random(seed), kind) for seed in range(20) for kind in EDITS)   # which cat?
+
+
+@pytest.mark.parametrize("changes, caption", [
+    ({}, "a cat and an apple on a green background"), (dict(ground="night"), "a cat and an apple at night"),
+    (dict(objects=()), "nothing on a green background"), (dict(style="pencil sketch"), "a pencil sketch of a cat and an apple"),
+    (dict(objects=(*SCENE.objects, Placed("car", "blue", 0, 0, 40))), "a cat, an apple and a blue car on a green background")])
+def test_any_scene_can_be_described(changes, caption):
+    assert describe(replace(SCENE, **changes)) == caption
 
 
 def test_a_variation_shows_the_same_things_elsewhere():

@@ -1,6 +1,7 @@
 """The training loop and its stages. Oracles: by hand; and the finished folder, which `load` and `generate` must accept."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -8,8 +9,10 @@ from safetensors.torch import load_file
 from torch import nn
 
 from miniflux import generate, load
+from miniflux.flux import SHIPPED
 from miniflux.networks.tokenizers import CLIPTokenizer, T5Tokenizer
 from miniflux.tiny import train as command
+from miniflux.tiny import train_flow
 from miniflux.tiny.train_flow import Painter, noisy, taken_over
 from miniflux.tiny.training import learning_rate_factor, train
 
@@ -116,3 +119,34 @@ def test_a_larger_vocabulary_takes_over_the_pieces_that_both_know(tmp_path):
     txt, vec = painter.encode(clip(caption, 32), t5(caption, 32))
     assert torch.allclose(txt, flux.t5(flux.t5_tokenizer(caption, 32)), atol=1e-5)
     assert torch.allclose(vec, flux.clip(flux.clip_tokenizer(caption, 32)), atol=1e-5)
+
+
+def test_a_minute_of_training_lowers_the_loss_and_a_killed_run_ends_in_the_same_bits(tmp_path, monkeypatch):
+    """The whole recipe of the base model on few scenes: the loss of a network that knows nothing is about 2."""
+    def run(work, calls: int | None):
+        def counted(net, loss_of, folder, **keywords):
+            done = []
+
+            def loss(generator):
+                done.append(1)
+                if calls and len(done) > calls:
+                    raise KeyboardInterrupt
+                with torch.enable_grad():
+                    return loss_of(generator)
+            return train(net, loss, folder, save_every=40, log_every=20, **keywords | {"on_save": None})
+        monkeypatch.setattr(train_flow, "train", counted)
+        for part in ("vae", "tokenizer", "tokenizer_2"):
+            if not (work / "model" / part).is_dir():
+                shutil.copytree(SHIPPED / "tiny" / part, work / "model" / part)
+        with torch.enable_grad():
+            command.main(["base", "--steps", "120", "--scenes", "96", "--work", str(work), "--device", "cpu"])
+
+    monkeypatch.setattr(train_flow, "BATCH", 8)
+    run(tmp_path / "whole", None)
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "whole" / "base" / "log.jsonl").read_text().splitlines()]
+    assert losses[0] > 1.0 and losses[-1] < losses[0] / 2
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "parts", 90)
+    run(tmp_path / "parts", None)
+    whole, parts = (load_file(tmp_path / work / "base" / "state.safetensors") for work in ("whole", "parts"))
+    assert whole.keys() == parts.keys() and all(torch.equal(whole[k], parts[k]) for k in whole)

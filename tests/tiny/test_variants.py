@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from miniflux import generate, load
+from miniflux import generate, kontext_edit, load
 from miniflux.flux import without_guidance
 from miniflux.sampling import patchify, unpatchify
-from miniflux.tiny import evaluate_variant, train, train_schnell, train_variant
+from miniflux.tiny import evaluate_variant, train, train_kontext, train_schnell, train_variant
 from miniflux.tiny.evaluate_variant import edge_f1, object_box, overlap
 from miniflux.tiny.pairs import edges
 from miniflux.tiny.scenes import render, sample_scene
@@ -46,6 +46,17 @@ def test_schnell_is_written_as_a_lora_with_its_guidance_and_loads_without_one(tm
     (tmp_path / "schnell" / "variant.json").write_text('{"base": "tiny", "guidance": "strong"}')
     with pytest.raises(ValueError, match="the guidance in .*variant.json is 'strong'"):
         load(tmp_path / "schnell", device="cpu")
+
+
+def test_kontext_is_written_as_a_lora_and_edits_a_picture(tmp_path, monkeypatch):
+    for name, value in (("BATCH", 4), ("SHOWN", 1)):
+        monkeypatch.setattr(train_kontext, name, value)
+    with torch.enable_grad():
+        train.main(["kontext", "--steps", "2", "--scenes", "6", "--work", str(tmp_path), "--device", "cpu"])
+    flux = load(tmp_path / "kontext", device="cpu")
+    assert flux.mmdit.config == load("tiny", device="cpu").mmdit.config and (tmp_path / "kontext" / "sheet.png").is_file()
+    picture, = kontext_edit(flux, "make the background red", render(sample_scene(random.Random(1))), steps=2, progress=False)
+    assert picture.size == (128, 128)
 
 
 def test_a_guidance_that_is_folded_in_computes_the_same():
