@@ -16,9 +16,9 @@ from .scenes import GROUNDS, Placed, Scene, article, is_held_out, is_visible, sa
 from .styles import COLOURLESS, STYLES
 
 
-def fits(scene: Scene) -> bool:
-    """Whether training may show all objects of the scene on its ground, and all can be seen."""
-    return all(not is_held_out(o.name, scene.ground) and is_visible(o.name, o.colour, scene.ground) for o in scene.objects)
+def fits(scene: Scene, held_out: bool = False) -> bool:
+    """Whether training may show (or, if held out, never shows) all objects of the scene on its ground, and all can be seen."""
+    return all(is_held_out(o.name, scene.ground) == held_out and is_visible(o.name, o.colour, scene.ground) for o in scene.objects)
 
 
 def of(scene: Scene, changed: Placed, now: Placed | None) -> Scene:
@@ -79,21 +79,21 @@ EDITS: dict[str, Callable[[Scene, random.Random], tuple[str, Scene]]] = dict(
     ground=ground, exchange=exchange, remove=remove, add=add, recolour=recolour, resize=resize, style=style)
 
 
-def edit(scene: Scene, rng: random.Random, kind: str | None = None) -> tuple[str, Scene] | None:
+def edit(scene: Scene, rng: random.Random, kind: str | None = None, held_out: bool = False) -> tuple[str, Scene] | None:
     """(instruction, the scene after it), of one of `EDITS`; None where that cannot be done, as a blue fish cannot be made blue.
 
     The objects that an instruction names with "the" must be there once: no edit of scenes that count."""
     instruction, after = EDITS[kind or rng.choice(tuple(EDITS))](scene, rng)
     names = [o.name for o in after.objects]
-    possible = after != scene and fits(after) and len(set(names)) == len(names) <= 4 and scene.kind not in ("count", "overlap")
+    possible = after != scene and fits(after, held_out) and len(set(names)) == len(names) <= 4 and scene.kind not in ("count", "overlap")
     return (instruction, replace(after, caption="")) if possible else None
 
 
-def sample_edit(rng: random.Random, kind: str | None = None) -> tuple[Scene, str, Scene]:
-    """(a scene, an instruction, the scene after it): only what training may show."""
+def sample_edit(rng: random.Random, kind: str | None = None, held_out: bool = False) -> tuple[Scene, str, Scene]:
+    """(a scene, an instruction, the scene after it): only what training may show, or only what it never shows."""
     while True:
-        scene = sample_scene(rng)
-        if scene.style is None and (done := edit(scene, rng, kind)):
+        scene = sample_scene(rng, held_out=held_out)
+        if scene.style is None and (done := edit(scene, rng, kind, held_out)):
             return scene, *done
 
 

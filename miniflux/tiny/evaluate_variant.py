@@ -1,9 +1,11 @@
-"""Measures what a variant adds: does it fill the hole, follow the edges, keep to the depths? Held-out combinations only.
+"""Measures what a variant adds: does it fill the hole, follow the edges, keep to the depths, do as it is told? Held-out combinations only.
 
     python -m miniflux.tiny.evaluate_variant fill --model tiny-training/fill
 
     fill      the judge (`evaluate.py`) finds the object in the hole; the rest differs by so many grey levels
     canny     edges of the result within 2 pixels of those given, and the other way round: precision, recall, F1
+    kontext   where the edit changes the picture, the result is twice as near to the scene after as to the one before;
+              elsewhere, the peak signal-to-noise ratio to the scene before
     depth     the part that differs from the ground is the part that was given as near: intersection over union
 
 Each figure stands beside that of the true scene after the autoencoder, which no variant can exceed.
@@ -20,6 +22,8 @@ from ..control import control
 from ..fill import fill
 from ..flux import Flux, load
 from ..images import check_number, check_output, save
+from ..kontext_edit import kontext_edit
+from .edits import EDITS, sample_edit
 from .evaluate import round_trip
 from .grounds import SIDE, paint_ground
 from .judge import judge
@@ -78,9 +82,37 @@ def measure(flux: Flux, variant: str, count: int, seed: int = 0, steps: int = 28
     return figures, pictures
 
 
+def measure_edits(flux: Flux, count: int, seed: int = 0, steps: int = 28) -> tuple[dict[str, float], np.ndarray]:
+    """The same for a model that edits by instructions; each kind of edit comes equally often."""
+    edits = [sample_edit(random.Random(seed + i), tuple(EDITS)[i % len(EDITS)], held_out=True) for i in range(count)]
+    before, after = (np.stack([render(edit[i]) for edit in edits]) for i in (0, 2))
+    painted = []
+    for i in range(0, count, BATCH):
+        part = slice(i, i + BATCH)
+        painted += kontext_edit(flux, [instruction for _, instruction, _ in edits[part]], list(before[part]), seed=seed + i, steps=steps,
+                                progress=False)
+    pictures = np.stack([np.asarray(picture) for picture in painted])
+    figures = {}
+    for suffix, results in (("", pictures), (", at best", round_trip(flux, after))):
+        done = [follows(result, *pair) for result, pair in zip(results, zip(before, after))]
+        figures[f"instruction done{suffix}"] = float(np.mean([right for right, _ in done]))
+        figures[f"the rest kept, dB{suffix}"] = float(np.mean([kept for _, kept in done if np.isfinite(kept)]))
+        if not suffix:
+            figures |= {f"  {kind}": float(np.mean([right for right, _ in done[i::len(EDITS)]])) for i, kind in enumerate(EDITS) if i < count}
+    return figures, pictures
+
+
+def follows(result: np.ndarray, before: np.ndarray, after: np.ndarray) -> tuple[bool, float]:
+    """Whether a picture (128, 128, 3) shows the edit, and how well it keeps what the edit leaves: in dB, NaN if it leaves nothing."""
+    changed, result = (before != after).any(-1), np.float32(result)
+    to_after, to_before = (float(np.abs(result - scene)[changed].mean()) for scene in (after, before))
+    error = float(np.square(result - before)[~changed].mean()) if not changed.all() else float("nan")
+    return to_after < to_before / 2, 10 * np.log10(255**2 / max(error, 1e-9))
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(prog="python -m miniflux.tiny.evaluate_variant", description="Measure a variant on held-out combinations.")
-    parser.add_argument("variant", choices=list(VARIANTS), help="what the model is made for")
+    parser.add_argument("variant", choices=[*VARIANTS, "kontext"], help="what the model is made for")
     parser.add_argument("--model", required=True, help="a shipped name or a folder (required)")
     parser.add_argument("--pictures", type=int, default=50, help="how many to paint (default 50)")
     parser.add_argument("--output", default="evaluation.png", help="the contact sheet to write (default evaluation.png)")
@@ -88,7 +120,9 @@ def main(argv: list[str] | None = None) -> None:
     try:
         output = check_output(args.output)
         check_number("--pictures", args.pictures, 1, 100_000, whole=True)
-        figures, pictures = measure(load(args.model), args.variant, args.pictures)
+        flux = load(args.model)
+        figures, pictures = (measure_edits(flux, args.pictures) if args.variant == "kontext"
+                             else measure(flux, args.variant, args.pictures))
         save(contact_sheet(list(pictures[:32]), [""] * 32), output, {"model": args.model})
     except (ValueError, OSError, torch.OutOfMemoryError) as error:
         parser.error(str(error))

@@ -50,6 +50,13 @@ def test_an_edit_changes_something_that_training_may_show_and_keeps_the_rest(kin
             assert (before == picture)[~np.any(shown, axis=0)].all()
 
 
+@pytest.mark.parametrize("kind", EDITS)
+def test_a_held_out_edit_shows_nothing_that_training_shows(kind):
+    for seed in range(5):
+        scene, _, after = sample_edit(random.Random(seed), kind, held_out=True)
+        assert fits(scene, held_out=True) and fits(after, held_out=True) and scene != after
+
+
 def test_what_cannot_be_done_is_not_asked_for():
     fish = Scene((Placed("fish", "blue", 30, 30, 60),), "red", "", "single")
     assert not any("blue" in done[0] for seed in range(60) if (done := edit(fish, random.Random(seed), "recolour")))

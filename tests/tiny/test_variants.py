@@ -99,6 +99,24 @@ def test_the_figures_of_a_true_scene_are_perfect_and_of_another_poor():
     assert (object_box(scene) == 255).sum() >= scene.objects[0].size ** 2
 
 
+def test_an_edit_is_done_where_the_result_is_nearer_to_the_scene_after_it():
+    """By hand: the scene after, the scene before, and one between, with the rest as it was or darkened."""
+    before, after = np.full((128, 128, 3), 100, np.uint8), np.full((128, 128, 3), 100, np.uint8)
+    after[:40] = 200
+    assert evaluate_variant.follows(after, before, after)[0] and not evaluate_variant.follows(before, before, after)[0]
+    between = before.copy()
+    between[:40], between[40:] = 150, 90
+    done, kept = evaluate_variant.follows(between, before, after)
+    assert not done and kept == pytest.approx(20 * np.log10(255 / 10))
+    assert np.isnan(evaluate_variant.follows(after, before, np.full_like(before, 7))[1])
+
+
+def test_edits_of_held_out_scenes_are_measured():
+    figures, pictures = evaluate_variant.measure_edits(load("tiny", device="cpu"), 7, steps=1)
+    assert pictures.shape == (7, 128, 128, 3) and figures["instruction done, at best"] > 0.6 > figures["instruction done"]
+    assert len(figures) == 4 + 7
+
+
 def test_the_command_measures_a_variant(tmp_path, quick, capsys, monkeypatch):
     """Untrained, so it cannot be good; the figures at best are those of the autoencoder."""
     monkeypatch.chdir(tmp_path)
