@@ -27,7 +27,7 @@ from ..flux import Flux, load
 from ..generate import generate
 from ..images import check_number, check_output, save, to_pil
 from ..latents import decode
-from .glyphs import RECOLOURABLE
+from .glyphs import OBJECTS, RECOLOURABLE
 from .grounds import SIDE
 from .judge import Verdict, judge, sprites
 from .scenes import Scene, contact_sheet, is_held_out, render, sample_scene
@@ -70,15 +70,16 @@ class Report:
     seconds: float                                     # that painting took
 
 
-def held_out_scenes(n: int, seed: int = 0, questions: tuple[str, ...] = tuple(QUESTIONS)) -> list[Scene]:
-    """`n` scenes for each question, of objects on grounds with which training never shows them."""
+def held_out_scenes(n: int, seed: int = 0, questions: tuple[str, ...] = tuple(QUESTIONS), objects: int = len(OBJECTS)) -> list[Scene]:
+    """`n` scenes for each question, of objects on grounds with which training never shows them; of the first `objects` objects."""
     scenes = []
     for question in questions:
         rng, kind = random.Random(f"{question} {seed}"), {"two": "pair", "count": "count"}.get(question, "single")
         wanted: list[Scene] = []
         while len(wanted) < n:
             scene = sample_scene(rng, kind=kind, coloured=question == "colour", held_out=True)
-            wanted += [scene] if QUESTIONS[question](scene) else []
+            known = all(OBJECTS.index(o.name) < objects for o in scene.objects)
+            wanted += [scene] if known and QUESTIONS[question](scene) else []
         scenes += wanted
     return scenes
 
@@ -150,6 +151,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = cli.Parser(prog="python -m miniflux.tiny.evaluate", description="Measure a tiny model on held-out combinations.")
     parser.add_argument("model", nargs="?", default="tiny", help="a shipped name or a folder (default tiny)")
     parser.add_argument("--prompts", type=int, default=50, help="how many pictures to paint for each question (default 50)")
+    parser.add_argument("--objects", type=int, default=len(OBJECTS), help="only the first so many of the world's objects (default all)")
     parser.add_argument("--seed", type=int, default=0, help="of the prompts and of the first picture (default 0)")
     parser.add_argument("--steps", type=int, help="from noise to picture (default: the model's)")
     parser.add_argument("--guidance", type=float, help="how strictly to follow the prompt (default: the model's)")
@@ -159,8 +161,9 @@ def main(argv: list[str] | None = None) -> None:
     try:
         output = check_output(args.output)
         check_number("--prompts", args.prompts, 1, 100_000, whole=True)
+        check_number("--objects", args.objects, 30, len(OBJECTS), whole=True)
         sprites()                                      # Note: it needs the font, so it comes before any work
-        scenes = held_out_scenes(args.prompts, args.seed)
+        scenes = held_out_scenes(args.prompts, args.seed, objects=args.objects)
         report = evaluate(load(args.model), scenes, args.seed, steps=args.steps, guidance=args.guidance, true_cfg=args.true_cfg)
         shown = [i * len(scenes) // SHOWN for i in range(min(SHOWN, len(scenes)))]
         captions = []

@@ -8,11 +8,13 @@ the ground just found, at all places p. What is left of sprite and picture x wit
 about 2 pixels, within the sprite's box:
 
     T = alpha(o, s, p) · (glyph(o, s, p) - g),   D = x - g
-    score(o, s, p) = 2 ⟨∇D, ∇T⟩ / (‖∇D‖²_box + ‖∇T‖²)                      at most 1, which only D = T reaches
+    gain(o, s, p)  = ⟨∇D, ∇T⟩² / ‖∇T‖²                     what a faint or strong T explains of the picture at best
+    score(o, s, p) = 2 ⟨∇D, ∇T⟩ / (‖∇D‖²_box + ‖∇T‖²)      at most 1, which only D = T reaches
 
-The denominator makes small and pale sprites equal to large and bright ones. Slopes, because a blob of the right colour has most
-of an object's brightness, but few of its slopes. The best score is the first object; the next is the best whose box lies elsewhere;
-and so on, as long as scores reach 0.6 of the first. All places at once are one product of Fourier coefficients, up to 15 waves a side.
+The first object is the one that explains most; the next is the best whose box lies elsewhere; and so on, as long as it explains a
+twelfth of what the first does, and its score reaches 0.6 of the first's. Slopes, because a blob of the right colour has most of an
+object's brightness, but few of its slopes.
+The score says how sharp it is. All places at once are one product of Fourier coefficients, up to 15 waves a side.
 """
 from dataclasses import dataclass
 from functools import lru_cache
@@ -30,6 +32,7 @@ SIZES = (45, 50, 56, 62, 70, 78, 87, 97, 108)          # of a sprite, in pixels:
 BORDER = 5                                             # pixels that tell the ground: few objects reach them
 
 GRID = 32                                              # places along a side: every fourth pixel
+FAINT, ALIKE = 0.08, 0.6                                # of what the first object explains, and of its score: less is no object
 MOST = 6                                               # objects that are looked for
 _FY, _FX = np.arange(-15, 16), np.arange(16)           # of a real picture: 31 waves from top to bottom, 16 from left to right
 _KX, _KY = (torch.from_numpy(np.float32(k)) for k in np.meshgrid(_FX, _FY))
@@ -124,17 +127,18 @@ def _judge(picture: np.ndarray) -> Verdict:
     own = (weight * t.abs().square()).sum((2, 3, 4))                                            # (V, S)
     slopes = _energy(d)[None, None]
     boxes = torch.cat([_box_sum(slopes, (size + 8) * GRID // SIDE)[0] for size in SIZES])                   # (S, 32, 32)
-    score, best = (2 * inner / (boxes + own[..., None, None])).max(0)                           # (S, 32, 32)
-    for layer, size in zip(score, SIZES):              # a box lies within the picture, but for a few pixels
+    score = 2 * inner / (boxes + own[..., None, None])                                          # (V, S, 32, 32)
+    gain, best = (inner.clamp(min=0).square() / own[..., None, None]).max(0)                    # (S, 32, 32)
+    for layer, size in zip(gain, SIZES):               # a box lies within the picture, but for a few pixels
         edge = max(size * GRID // SIDE // 2 - 1, 1)
         layer[:edge], layer[-edge:], layer[:, :edge], layer[:, -edge:] = -1, -1, -1, -1
     found: list[Found] = []
-    while len(found) < MOST:
-        s, y, x = np.unravel_index(int(score.argmax()), score.shape)
-        if found and score[s, y, x] < 0.6 * found[0].score:
-            break
-        found.append(Found(*variants()[best[s, y, x]], int(x) * SIDE // GRID, int(y) * SIDE // GRID, SIZES[s], float(score[s, y, x])))
-        for layer, size in zip(score, SIZES):          # what has its middle within it, or it within itself, is out
+    most = float(gain.max())
+    while len(found) < MOST and gain.max() >= FAINT * most:
+        s, y, x = np.unravel_index(int(gain.argmax()), gain.shape)
+        o = Found(*variants()[best[s, y, x]], int(x) * SIDE // GRID, int(y) * SIDE // GRID, SIZES[s], float(score[best[s, y, x], s, y, x]))
+        found += [o] if not found or o.score >= ALIKE * found[0].score else []
+        for layer, size in zip(gain, SIZES):           # what has its middle within it, or it within itself, is out
             reach = max(size, SIZES[s]) * GRID // SIDE // 2
             layer[max(y - reach, 0):y + reach + 1, max(x - reach, 0):x + reach + 1] = -1
     ground = min(PLAIN, key=lambda name: np.square(np.float32(PLAIN[name]) / 255 - g).sum())

@@ -91,6 +91,7 @@ def test_the_report_counts_what_the_model_paints(painter):
 def test_only_held_out_combinations_are_measured(painter):
     for asked in held_out_scenes(20):
         assert all(is_held_out(o.name, asked.ground) for o in asked.objects)
+    assert all(glyphs.OBJECTS.index(o.name) < 72 for asked in held_out_scenes(20, objects=72) for o in asked.objects)
     assert len(held_out_scenes(20)) == 80 and held_out_scenes(5) == held_out_scenes(5) != held_out_scenes(5, seed=1)
     with pytest.raises(ValueError, match="'a cat on a blue background' is no held-out"):
         evaluate.evaluate(None, [Scene((Placed("cat", None, 30, 30, 60),), "blue", "a cat on a blue background", "single")])
