@@ -266,8 +266,8 @@ def bench_tokenizers(source: str) -> None:
 
 
 BENCHES = {"picture": bench_picture, "cold": bench_cold, "attention": bench_attention, "load": bench_load, "tasks": bench_tasks,
-           "lora": bench_lora, "quantize": bench_quantize, "int8": bench_int8, "offload": bench_offload, "autoencoder": bench_autoencoder, "caching": bench_caching,
-           "tokenizers": bench_tokenizers, "disk": bench_disk}
+           "lora": bench_lora, "quantize": bench_quantize, "int8": bench_int8, "offload": bench_offload,
+           "autoencoder": bench_autoencoder, "caching": bench_caching, "tokenizers": bench_tokenizers, "disk": bench_disk}
 PEERS = ("picture", "cold", "attention", "int8", "offload", "autoencoder", "caching")  # those that diffusers is measured in, too
 
 

@@ -1,4 +1,4 @@
-"""Edits of scenes: what to do, in words, and the scene in which just that has been done; and new pictures of the same things.
+"""Edits of scenes: what to do, in words, and the scene in which just that has been done.
 
     >>> scene = sample_scene(random.Random(3))
     >>> instruction, after = edit(scene, random.Random(0))
@@ -11,8 +11,8 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from .glyphs import COLOURS, OBJECTS, RECOLOURABLE
-from .grounds import PLAIN, SCENIC, SIDE
-from .scenes import GROUNDS, Placed, Scene, article, is_held_out, is_visible, sample_scene, where
+from .grounds import GROUNDS, PLAIN, SCENIC, SIDE
+from .scenes import Placed, Scene, article, enumerated, is_held_out, is_visible, sample_scene, where
 from .styles import COLOURLESS, STYLES
 
 
@@ -21,9 +21,9 @@ def fits(scene: Scene, held_out: bool = False) -> bool:
     return all(is_held_out(o.name, scene.ground) == held_out and is_visible(o.name, o.colour, scene.ground) for o in scene.objects)
 
 
-def of(scene: Scene, changed: Placed, now: Placed | None) -> Scene:
+def put(scene: Scene, old: Placed, new: Placed | None) -> Scene:
     """The scene with an object replaced by another, or without it."""
-    objects = tuple(o if o != changed else now for o in scene.objects)
+    objects = tuple(o if o != old else new for o in scene.objects)
     return replace(scene, objects=tuple(o for o in objects if o))
 
 
@@ -37,12 +37,12 @@ def ground(scene: Scene, rng: random.Random) -> tuple[str, Scene]:
 def exchange(scene: Scene, rng: random.Random) -> tuple[str, Scene]:
     old, new = rng.choice(scene.objects), rng.choice(OBJECTS)
     said = rng.choice(("replace the {} with {}", "turn the {} into {}"))
-    return said.format(old.name, article(new)), of(scene, old, replace(old, name=new, colour=None))
+    return said.format(old.name, article(new)), put(scene, old, replace(old, name=new, colour=None))
 
 
 def remove(scene: Scene, rng: random.Random) -> tuple[str, Scene]:
     old = rng.choice(scene.objects)
-    return rng.choice(("remove the {}", "take away the {}")).format(old.name), of(scene, old, None)
+    return rng.choice(("remove the {}", "take away the {}")).format(old.name), put(scene, old, None)
 
 
 def add(scene: Scene, rng: random.Random) -> tuple[str, Scene]:
@@ -57,16 +57,16 @@ def add(scene: Scene, rng: random.Random) -> tuple[str, Scene]:
 def recolour(scene: Scene, rng: random.Random) -> tuple[str, Scene]:
     old, colour = rng.choice(scene.objects), rng.choice(tuple(COLOURS))
     new = replace(old, colour=colour) if old.name in RECOLOURABLE and colour not in (old.colour, RECOLOURABLE[old.name]) else old
-    return rng.choice(("make the {} {}", "paint the {} {}")).format(old.name, colour), of(scene, old, new)
+    return rng.choice(("make the {} {}", "paint the {} {}")).format(old.name, colour), put(scene, old, new)
 
 
 def resize(scene: Scene, rng: random.Random) -> tuple[str, Scene]:
-    """About the same centre, pushed inside the picture; to two thirds or to three halves, as many pixels as there are at most."""
+    """To two thirds; or, if nothing else stands there, to three halves. About the same centre, pushed inside the picture."""
     old, word = rng.choice(scene.objects), rng.choice(("bigger", "smaller"))
     size = 2 * round(old.size * (1.5 if word == "bigger" else 1 / 1.5) / 2)
     x, y = (min(max(at + (old.size - size) // 2, 0), max(SIDE - size, 0)) for at in (old.x, old.y))
     alone = len(scene.objects) == 1 and size <= 0.95 * SIDE
-    return f"make the {old.name} {word}", of(scene, old, replace(old, x=x, y=y, size=size)) if alone or word == "smaller" else scene
+    return f"make the {old.name} {word}", put(scene, old, replace(old, x=x, y=y, size=size)) if alone or word == "smaller" else scene
 
 
 def style(scene: Scene, rng: random.Random) -> tuple[str, Scene]:
@@ -99,18 +99,7 @@ def sample_edit(rng: random.Random, kind: str | None = None, held_out: bool = Fa
 
 def describe(scene: Scene) -> str:
     """A caption in the canonical form, of any scene: "a cat and a red apple on a blue background"."""
-    words = [article(f"{o.colour} {o.name}" if o.colour else o.name) for o in scene.objects] or ["nothing"]
-    listed = " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+    words = [f"{o.colour} {o.name}" if o.colour else o.name for o in scene.objects]
+    listed = enumerated(words) if words else "nothing"
     seen = listed if scene.style in COLOURLESS and scene.ground in PLAIN else f"{listed} {where(scene.ground, scene.ground)}"
     return STYLES[scene.style][0].format(seen) if scene.style else seen
-
-
-def variation(scene: Scene, rng: random.Random) -> Scene:
-    """Another picture of the same objects on the same ground: other places and sizes, another sky."""
-    size = 0.85 + 0.3 * rng.random()
-    objects = []
-    for o in scene.objects:
-        side = min(2 * round(o.size * size / 2), SIDE)
-        x, y = (min(max(at + (o.size - side) // 2 + rng.randint(-6, 6), 0), SIDE - side) for at in (o.x, o.y))
-        objects.append(replace(o, x=x, y=y, size=side))
-    return replace(scene, objects=tuple(objects), seed=rng.getrandbits(32))

@@ -2,7 +2,7 @@
 
     python -m miniflux.tiny.evaluate tiny --prompts 50 --output evaluation.png
 
-    object      "a fox on a red background": the surest object is a fox                sharp: and as like as an undistorted painting
+    object      "a fox on a red background": the first object is a fox                 sharp: and as like as an undistorted painting
     colour      "a blue teapot on a pink background": it is a teapot, and blue
     two         "an owl above a car on a green background": both are there             relation: and one is above the other
     count       "three bees on a gray background": three objects, all bees

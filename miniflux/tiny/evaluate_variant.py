@@ -2,11 +2,11 @@
 
     python -m miniflux.tiny.evaluate_variant fill --model tiny-training/fill
 
-    fill      the judge (`evaluate.py`) finds the object in the hole; the rest differs by so many grey levels
+    fill      the judge (`judge.py`) finds the object in the hole; the rest differs by so many grey levels
     canny     edges of the result within 2 pixels of those given, and the other way round: precision, recall, F1
+    depth     the part that differs from the ground is the part that was given as near: intersection over union
     kontext   where the edit changes the picture, the result is twice as near to the scene after as to the one before;
               elsewhere, the peak signal-to-noise ratio to the scene before
-    depth     the part that differs from the ground is the part that was given as near: intersection over union
 
 Each figure stands beside that of the true scene after the autoencoder, which no variant can exceed.
 """

@@ -12,9 +12,8 @@ about 2 pixels, within the sprite's box:
     score(o, s, p) = 2 ⟨∇D, ∇T⟩ / (‖∇D‖²_box + ‖∇T‖²)      at most 1, which only D = T reaches
 
 The first object is the one that explains most; the next is the best whose box lies elsewhere; and so on, as long as it explains a
-twelfth of what the first does, and its score reaches 0.6 of the first's. Slopes, because a blob of the right colour has most of an
-object's brightness, but few of its slopes.
-The score says how sharp it is. All places at once are one product of Fourier coefficients, up to 15 waves a side.
+twelfth of what the first does, and its score, which says how sharp it is, reaches 0.6 of the first's. Slopes, because a blob of the
+right colour has most of an object's brightness, but few of its slopes. All places at once are one product of Fourier coefficients, up to 15 waves a side.
 """
 from dataclasses import dataclass
 from functools import lru_cache
@@ -30,13 +29,14 @@ from .grounds import PLAIN, SIDE
 THRESHOLD = 0.7                                        # the score of a sharp object
 SIZES = (45, 50, 56, 62, 70, 78, 87, 97, 108)          # of a sprite, in pixels: a step of an eighth
 BORDER = 5                                             # pixels that tell the ground: few objects reach them
-
 GRID = 32                                              # places along a side: every fourth pixel
-FAINT, ALIKE = 0.08, 0.6                                # of what the first object explains, and of its score: less is no object
+FAINT, ALIKE = 0.08, 0.6                               # of what the first object explains, and of its score: less is no object
 MOST = 6                                               # objects that are looked for
 _FY, _FX = np.arange(-15, 16), np.arange(16)           # of a real picture: 31 waves from top to bottom, 16 from left to right
 _KX, _KY = (torch.from_numpy(np.float32(k)) for k in np.meshgrid(_FX, _FY))
-_BLUR = torch.exp(-(_KX**2 + _KY**2) / 200)
+_SQUARE = _KX**2 + _KY**2                              # slopes of slopes
+_BLUR = torch.exp(-_SQUARE / 200)
+_EDGE = np.pad(np.zeros((SIDE - 2 * BORDER,) * 2, bool), BORDER, constant_values=True)
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Found:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the judge sees: a ground of `PLAIN`, and objects, the surest first."""
+    """What the judge sees: a ground of `PLAIN`, and objects, the one that explains most first."""
     ground: str
     found: tuple[Found, ...]
 
@@ -117,16 +117,14 @@ def _energy(coefficients: Tensor) -> Tensor:
 @torch.inference_mode()
 def _judge(picture: np.ndarray) -> Verdict:
     x = np.float32(picture) / 255
-    border = np.ones((SIDE, SIDE), bool)
-    border[BORDER:-BORDER, BORDER:-BORDER] = False
-    g = np.median(x[border], axis=0)
+    g = np.median(x[_EDGE], axis=0)
     d, bank = waves(torch.from_numpy(np.moveaxis(x - g, -1, 0).copy())), sprites()
     t = bank[:, :, :3] - torch.from_numpy(g)[:, None, None] * bank[:, :, 3:]                    # (V, S, 3, 31, 16)
-    inner = places((_KX**2 + _KY**2) * (t.conj() * d).sum(2)).roll((GRID // 2, GRID // 2), (-2, -1))    # (V, S, 32, 32), by centre
-    weight = (_KX**2 + _KY**2) * (1 + (_KX > 0)) / GRID**2                                      # Parseval: a wave and its conjugate
+    inner = places(_SQUARE * (t.conj() * d).sum(2)).roll((GRID // 2, GRID // 2), (-2, -1))    # (V, S, 32, 32), by centre
+    weight = _SQUARE * (1 + (_KX > 0)) / GRID**2                                                # Parseval: a wave and its conjugate
     own = (weight * t.abs().square()).sum((2, 3, 4))                                            # (V, S)
     slopes = _energy(d)[None, None]
-    boxes = torch.cat([_box_sum(slopes, (size + 8) * GRID // SIDE)[0] for size in SIZES])                   # (S, 32, 32)
+    boxes = torch.cat([_box_sum(slopes, (size + 8) * GRID // SIDE)[0] for size in SIZES])       # (S, 32, 32)
     score = 2 * inner / (boxes + own[..., None, None])                                          # (V, S, 32, 32)
     gain, best = (inner.clamp(min=0).square() / own[..., None, None]).max(0)                    # (S, 32, 32)
     for layer, size in zip(gain, SIZES):               # a box lies within the picture, but for a few pixels

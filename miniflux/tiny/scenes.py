@@ -83,14 +83,16 @@ def sample_scene(rng: random.Random, *, kind: str | None = None, coloured: bool 
     """Draw a scene.
 
     kind: one of `KINDS`; None: any, by their percentages. coloured: whether its objects have another colour than by themselves;
-    None: some have. held_out=True: only objects on a ground with which training never shows them, no style, no synonym, and the
-    caption in its canonical form."""
+    None: some have. held_out=True: only objects on a ground with which training never shows them, no style, no synonym, no other colour
+    unless it is asked for, and the caption in its canonical form."""
     seed, centres, relation, style = rng.getrandbits(32), ((64, 64),), None, None
     kind = kind or rng.choices(tuple(KINDS), [weight for weight, _, _ in KINDS.values()])[0]
     different = {"pair": 2, "overlap": 2, "three": 3, "four": 4}.get(kind, 1)
     if not held_out and rng.random() < STYLED:
         style = rng.choice(tuple(STYLES))
         coloured = False if style in COLOURLESS else coloured
+    if held_out and coloured is None:
+        coloured = False
     ground, chosen = None, []
     while len(chosen) < different:                     # a ground on which so many objects are allowed
         ground = rng.choice(tuple(PLAIN if held_out or rng.random() < 0.75 else SCENIC))
@@ -108,7 +110,7 @@ def sample_scene(rng: random.Random, *, kind: str | None = None, coloured: bool 
         phrase = f"{article(words[0])} {rng.choice(RELATIONS.get(relation, (relation,)))} {article(words[1])}"
     elif kind in ("three", "four"):
         centres = SQUARE if kind == "four" else rng.choice(TRIANGLES)
-        phrase = f"{', '.join(map(article, words[:-1]))} and {article(words[-1])}"
+        phrase = enumerated(words)
     else:
         phrase = article(words[0] if kind == "single" else f"{kind} {words[0]}")
     objects = _overlap(rng, chosen, relation) if kind == "overlap" else _place(rng, chosen, centres, kind)
@@ -121,8 +123,7 @@ def _choose(rng: random.Random, ground: str, n: int, coloured: bool | None, held
     chosen: dict[str, str | None] = {}
     names = tuple(RECOLOURABLE) if coloured else OBJECTS + tuple(RECOLOURABLE)
     for name in rng.sample(names, len(names)):
-        share = 0.0 if held_out else 0.6               # of the recolourable objects that are recoloured
-        recoloured = name in RECOLOURABLE and (rng.random() < share if coloured is None else coloured)
+        recoloured = name in RECOLOURABLE and (rng.random() < 0.6 if coloured is None else coloured)
         colour = rng.choice(tuple(COLOURS)) if recoloured else None
         if is_held_out(name, ground) == held_out and is_visible(name, colour, ground):
             chosen[name] = colour
@@ -152,6 +153,12 @@ def _overlap(rng: random.Random, chosen: list, relation: str) -> tuple[Placed, .
 def article(words: str) -> str:
     """article("red apple") = "a red apple", article("owl") = "an owl", article("unicorn") = "a unicorn"."""
     return f"{'an' if words[0] in 'aeiou' and not words.startswith('uni') else 'a'} {words}"
+
+
+def enumerated(words: list[str]) -> str:
+    """enumerated(["cat", "owl", "red apple"]) = "a cat, an owl and a red apple"."""
+    *others, last = map(article, words)
+    return f"{', '.join(others)} and {last}" if others else last
 
 
 def plural(words: str) -> str:

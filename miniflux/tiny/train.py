@@ -48,6 +48,8 @@ def parts(model: Path, device: torch.device) -> tuple[Autoencoder, CLIPTokenizer
 def train_autoencoder_stage(work: Path, steps: int | None, minutes: float | None, scenes: int, device: torch.device,
                             start: str | None) -> None:
     known = load(start, device=device, dtype=torch.float32).autoencoder if start else None
+    if known and replace(known.config, scale_factor=1.0, shift_factor=0.0) != train_autoencoder.CONFIG:
+        raise ValueError(f"the model {start} has another autoencoder than the one that is trained: start with tiny, or a folder of this command's")
     scale, shift = train_autoencoder.run(work / "autoencoder", steps, minutes, device, scenes, known and known.state_dict())
     if known:
         scale, shift = known.config.scale_factor, known.config.shift_factor
@@ -61,7 +63,7 @@ def train_painter_stage(work: Path, stage: str, steps: int | None, minutes: floa
     if stage == "guidance" and not (work / "base" / "state.safetensors").is_file():
         raise FileNotFoundError(f"{work / 'base'} holds no state: train the stage base first")
     teacher, lr = (averaged(work / "base"), 1e-3) if stage == "guidance" else (None, 2e-3)
-    known = load(start, device=device, dtype=torch.float32) if start and stage == "base" else None
+    known = load(start, device=device, dtype=torch.float32) if start else None
     train_flow.run(work / stage, parts(work / "model", device), steps, minutes, device, teacher, scenes, lr, known)
     painter = train_flow.Painter()
     painter.load_state_dict(averaged(work / stage))
@@ -99,6 +101,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     minutes = args.minutes if args.minutes or args.steps else 15.0
     scenes = args.scenes or SCENES[args.stage]
+    if args.start and args.stage not in ("autoencoder", "base"):
+        parser.error(f"the stage {args.stage} begins with what the stage before it left: --start is for autoencoder and base")
     try:
         if args.stage == "vocabulary":
             vocabulary.learn(args.work / "model", scenes)

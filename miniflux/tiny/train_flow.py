@@ -38,6 +38,7 @@ CLIP = CLIPConfig(hidden_size=128, intermediate_size=512, num_hidden_layers=2, n
 T5_SIZES = T5Config(d_model=128, d_kv=64, d_ff=256, num_layers=2, num_heads=2, vocab_size=512)
 SIDE = 16                                # of the latents: 128 pixels / 8
 BATCH, DROPOUT = 64, 0.1
+PROMPTS = [sample_scene(random.Random(i), held_out=True).caption for i in range(24)]        # of a sample sheet
 
 
 class Painter(nn.Module):
@@ -78,6 +79,9 @@ def numbers(tokenizer: T5Tokenizer) -> dict[str, int]:
 
 def taken_over(flux: Flux, clip_tokenizer: CLIPTokenizer, t5_tokenizer: T5Tokenizer) -> dict[str, Tensor]:
     """The weights of a `Painter` that knows what `flux` knows, in other vocabularies: each piece that both have keeps its vector."""
+    if flux.mmdit.config != MMDIT:
+        raise ValueError(f"the model {flux.config.name} has another transformer than the one that is trained: start with tiny, or a folder "
+                         "of this command's")
     painter = Painter()
     painter.mmdit.load_state_dict(flux.mmdit.state_dict())
     for network, known, key, pieces, known_pieces in (
@@ -163,10 +167,9 @@ def run(folder: Path, model: tuple[Autoencoder, CLIPTokenizer, T5Tokenizer], ste
         autoencoder, clip_tokenizer, t5_tokenizer = model
         flux = Flux(clip_tokenizer, t5_tokenizer, averaged.clip, averaged.t5, averaged.mmdit, autoencoder,
                     FluxConfig(name=folder.name, size=8 * SIDE, max_text_tokens=MAX_TOKENS))
-        prompts = [sample_scene(random.Random(i), held_out=True).caption for i in range(24)]
         guided = dict(guidance=1.0, true_cfg=3.5, negative_prompt="") if teacher is None else dict(guidance=3.5)
-        pictures = generate(flux, prompts, steps=20, progress=False, **guided)
-        save(contact_sheet([np.asarray(picture) for picture in pictures], prompts), folder / "sheet.png", {"step": step})
+        pictures = generate(flux, PROMPTS, steps=20, progress=False, **guided)
+        save(contact_sheet([np.asarray(picture) for picture in pictures], PROMPTS), folder / "sheet.png", {"step": step})
         return {"sheet": str(folder / "sheet.png")}
 
     train(painter, base_loss if teacher is None else guidance_loss, folder, lr=lr, steps=steps, minutes=minutes,

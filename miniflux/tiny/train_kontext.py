@@ -8,7 +8,6 @@ caption that describes the result; the variant sees the instruction alone.
 """
 
 import random
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,18 +15,16 @@ import torch
 from torch import Tensor
 
 from ..flux import Flux
-from ..images import save
 from ..kontext_edit import kontext_edit
 from ..latents import encode
 from ..networks.attention import attention_backend
 from ..prompt import encode_prompt
 from ..sampling import image_ids, patchify, text_ids
 from .edits import describe, sample_edit
-from .scenes import Scene, contact_sheet, render
+from .scenes import Scene, render
 from .train_autoencoder import to_tensor
 from .train_flow import BATCH, SIDE, noisy
-from .train_variant import SHOWN, with_factors, write_lora
-from .training import train
+from .train_variant import SHOWN, guidance_change, side_by_side, train_lora, with_factors
 
 
 @torch.no_grad()
@@ -39,9 +36,9 @@ def encode_edits(flux: Flux, count: int, seed: int) -> tuple[list[Tensor], list[
         edits = [sample_edit(rng) for _ in range(min(64, count - begin))]
         asked, said = (encode_prompt(flux, texts) for texts in ([instruction for _, instruction, _ in edits],
                                                                 [describe(after) for _, _, after in edits]))
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(asked.txt.device.type, torch.bfloat16):
             z, r = (patchify(encode(flux, to_tensor(np.stack([render(edit[i]) for edit in edits])))) for i in (2, 0))
-        columns.append([part.bfloat16() for part in (z, r, asked.txt, asked.vec, said.txt, said.vec)])
+        columns.append([part.bfloat16().cpu() for part in (z, r, asked.txt, asked.vec, said.txt, said.vec)])
         kept += edits[:64 - len(kept)]
     return list(map(torch.cat, zip(*columns))), kept
 
@@ -51,32 +48,22 @@ def run(folder: Path, base: Flux, student: Flux, steps: int | None, minutes: flo
     torch.manual_seed(0)
     (z, r, *prompts), shown = encode_edits(base, count, seed=40)
     mmdit, changes = student.mmdit, with_factors(student.mmdit, 0)
-    ids, text = image_ids(SIDE, SIDE), text_ids(prompts[0].shape[1])
-    both = torch.cat([ids, image_ids(SIDE, SIDE, index=1)])
+    device = mmdit.img_in.weight.device
+    ids, text = image_ids(SIDE, SIDE, device=device), text_ids(prompts[0].shape[1], device=device)
+    both = torch.cat([ids, image_ids(SIDE, SIDE, index=1, device=device)])
 
     def loss(generator: torch.Generator) -> Tensor:
         index = torch.randint(len(z), (BATCH,), generator=generator)
-        x, t, target = noisy(z[index], generator)
-        w = 1 + 5 * torch.rand(BATCH, generator=generator)
-        txt, vec, said_txt, said_vec = (part[index].float() for part in prompts)
-        with torch.autocast("cpu", torch.bfloat16), attention_backend("formula"):
-            with torch.no_grad():
-                said = said_txt, said_vec, t
-                guidance = base.mmdit(x, *said, w, ids, text) - base.mmdit(x, *said, torch.ones_like(w), ids, text)
-            v = mmdit(torch.cat([x, r[index].float()], dim=1), txt, vec, t, w, both, text)[:, :x.shape[1]]
+        tokens, before, *asked, said_txt, said_vec = (part[index].to(device, torch.float32) for part in (z, r, *prompts))
+        x, t, target = noisy(tokens, generator)
+        w = 1 + 5 * torch.rand(BATCH, generator=generator).to(device)
+        with torch.autocast(device.type, torch.bfloat16), attention_backend("formula"):
+            guidance = guidance_change(base.mmdit, x, said_txt, said_vec, t, w, ids, text)
+            v = mmdit(torch.cat([x, before], dim=1), *asked, t, w, both, text)[:, :x.shape[1]]
         return (v.float() - target - guidance.float()).square().mean()
 
-    def on_save(step: int, ema: dict[str, Tensor]) -> dict:
-        now = {name: value.clone() for name, value in mmdit.state_dict().items()}
-        mmdit.load_state_dict(ema)
-        edits = shown[:SHOWN]
-        before = [render(scene) for scene, _, _ in edits]
-        after = kontext_edit(student, [instruction for _, instruction, _ in edits], before, steps=16, progress=False)
-        mmdit.load_state_dict(now)
-        pairs = [np.asarray(picture) for pair in zip(before, after) for picture in pair]
-        save(contact_sheet(pairs, [text for _, instruction, _ in edits for text in ("", instruction)]), folder / "sheet.png", {"step": step})
-        write_lora(folder / "lora.safetensors", changes, ema)
-        return {"sheet": str(folder / "sheet.png")}
+    def show() -> tuple[list, list[str]]:
+        instructions, before = [edit[1] for edit in shown[:SHOWN]], [render(edit[0]) for edit in shown[:SHOWN]]
+        return side_by_side(before, kontext_edit(student, instructions, before, steps=16, progress=False), instructions)
 
-    student = replace(student, config=replace(student.config, name="kontext"))
-    train(mmdit, loss, folder, lr=lr, steps=steps, minutes=minutes, seed=5, on_save=on_save)
+    train_lora(folder, student, changes, loss, show, steps=steps, minutes=minutes, lr=lr, seed=5)

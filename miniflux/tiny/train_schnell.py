@@ -12,20 +12,17 @@ import random
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ..flux import Flux
 from ..generate import generate
-from ..images import save
 from ..networks.attention import attention_backend
 from ..prompt import encode_prompt
 from ..sampling import image_ids, text_ids
-from .scenes import contact_sheet, sample_scene
-from .train_flow import BATCH, SIDE
-from .train_variant import with_factors, write_lora
-from .training import train
+from .scenes import sample_scene
+from .train_flow import BATCH, PROMPTS, SIDE
+from .train_variant import train_lora, with_factors
 
 STEPS, TEACHER_STEPS, GUIDANCE = 4, 12, 3.5
 
@@ -38,14 +35,16 @@ def paths(teacher: Flux, count: int, seed: int) -> tuple[Tensor, Tensor, Tensor]
     for begin in range(0, count, BATCH):
         n = min(BATCH, count - begin)
         prompt = encode_prompt(teacher, [sample_scene(rng).caption for _ in range(n)])
-        x, ids = torch.randn(n, SIDE ** 2 // 4, 64, generator=generator), (image_ids(SIDE, SIDE), text_ids(prompt.txt.shape[1]))
-        states, guidance = [x], torch.full((n,), GUIDANCE)
+        device = prompt.txt.device
+        ids = image_ids(SIDE, SIDE, device=device), text_ids(prompt.txt.shape[1], device=device)
+        x = torch.randn(n, SIDE ** 2 // 4, 64, generator=generator).to(device)
+        states, guidance = [x], torch.full((n,), GUIDANCE, device=device)
         for i, (now, then) in enumerate(zip(times, times[1:]), start=1):
-            with torch.autocast("cpu", torch.bfloat16), attention_backend("formula"):
-                v = teacher.mmdit(x, prompt.txt, prompt.vec, now.expand(n), guidance, *ids)
+            with torch.autocast(device.type, torch.bfloat16), attention_backend("formula"):
+                v = teacher.mmdit(x, prompt.txt, prompt.vec, now.expand(n).to(device), guidance, *ids)
             x = x + (then - now) * v.float()                                    # (n, N, 64)
             states += [x] if i % (TEACHER_STEPS // STEPS) == 0 else []
-        columns.append((torch.stack(states, dim=1), prompt.txt.bfloat16(), prompt.vec.bfloat16()))
+        columns.append((torch.stack(states, dim=1).cpu(), prompt.txt.bfloat16().cpu(), prompt.vec.bfloat16().cpu()))
     return tuple(map(torch.cat, zip(*columns)))
 
 
@@ -55,23 +54,18 @@ def run(folder: Path, teacher: Flux, student: Flux, steps: int | None, minutes: 
     states, txt, vec = paths(teacher, count, seed=30)
     student = replace(student, config=replace(student.config, dynamic_shift=False, shift=1.0))      # its times are quarters
     mmdit, changes = student.mmdit, with_factors(student.mmdit, 0)
-    times, ids = torch.linspace(1, 0, STEPS + 1), (image_ids(SIDE, SIDE), text_ids(txt.shape[1]))
-    prompts = [sample_scene(random.Random(i), held_out=True).caption for i in range(24)]
+    device, times = mmdit.img_in.weight.device, torch.linspace(1, 0, STEPS + 1)
+    ids = image_ids(SIDE, SIDE, device=device), text_ids(txt.shape[1], device=device)
+    guidance = torch.full((BATCH,), GUIDANCE, device=device)
 
     def loss(generator: torch.Generator) -> Tensor:
         index, k = (torch.randint(high, (BATCH,), generator=generator) for high in (len(states), STEPS))
-        x, then = states[index, k], states[index, k + 1]
-        with torch.autocast("cpu", torch.bfloat16), attention_backend("formula"):
-            v = mmdit(x, txt[index].float(), vec[index].float(), times[k], torch.full((BATCH,), GUIDANCE), *ids)
+        x, then, *c, t = (part.to(device, torch.float32) for part in (states[index, k], states[index, k + 1], txt[index], vec[index], times[k]))
+        with torch.autocast(device.type, torch.bfloat16), attention_backend("formula"):
+            v = mmdit(x, *c, t, guidance, *ids)
         return (v.float() - (x - then) * STEPS).square().mean()
 
-    def on_save(step: int, ema: dict[str, Tensor]) -> dict:
-        now = {name: value.clone() for name, value in mmdit.state_dict().items()}
-        mmdit.load_state_dict(ema)
-        pictures = generate(student, prompts, steps=STEPS, guidance=GUIDANCE, progress=False)
-        mmdit.load_state_dict(now)
-        save(contact_sheet([np.asarray(picture) for picture in pictures], prompts), folder / "sheet.png", {"step": step})
-        write_lora(folder / "lora.safetensors", changes, ema)
-        return {"sheet": str(folder / "sheet.png")}
+    def show() -> tuple[list, list[str]]:
+        return generate(student, PROMPTS, steps=STEPS, guidance=GUIDANCE, progress=False), PROMPTS
 
-    train(mmdit, loss, folder, lr=lr, steps=steps, minutes=minutes, seed=4, on_save=on_save)
+    train_lora(folder, student, changes, loss, show, steps=steps, minutes=minutes, lr=lr, seed=4)

@@ -90,34 +90,62 @@ def encode_variant(flux: Flux, inputs: Callable, count: int, seed: int) -> tuple
         scenes = [sample_scene(rng) for _ in range(min(64, count - begin))]
         pictures = np.stack([render(scene) for scene in scenes])
         prompt = encode_prompt(flux, [scene.caption for scene in scenes])
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(prompt.txt.device.type, torch.bfloat16):
             z, beside = patchify(encode(flux, to_tensor(pictures))), inputs(flux, scenes, pictures, rng)
-        columns.append([part.bfloat16() for part in (z, beside, prompt.txt, prompt.vec)])
+        columns.append([part.bfloat16().cpu() for part in (z, beside, prompt.txt, prompt.vec)])
         kept += scenes[:64 - len(kept)]
     return *map(torch.cat, zip(*columns)), kept
 
 
-def run(folder: Path, variant: str, base: Flux, student: Flux, steps: int | None, minutes: float | None, scenes: int, lr: float) -> Path:
-    """Train a variant of the model `base` (`student` is another copy of it, which is changed); returns its LoRA file."""
-    torch.manual_seed(0)
-    inputs, unit = VARIANTS[variant]
-    z, beside, txt, vec, shown = encode_variant(base, inputs, scenes, seed=20)
-    mmdit, changes = student.mmdit, with_factors(student.mmdit, beside.shape[-1])
-    ids = image_ids(SIDE, SIDE), text_ids(txt.shape[1])
+@torch.no_grad()
+def guidance_change(base: MMDiT, x: Tensor, txt: Tensor, vec: Tensor, t: Tensor, w: Tensor, *ids: Tensor) -> Tensor:
+    """What guidance w changes in the base model's velocity: (B, N, 64)."""
+    return base(x, txt, vec, t, w, *ids) - base(x, txt, vec, t, torch.ones_like(w), *ids)
 
-    def loss(generator: torch.Generator) -> Tensor:
-        index = torch.randint(len(z), (BATCH,), generator=generator)
-        x, t, target = noisy(z[index], generator)
-        w, c = 1 + 5 * torch.rand(BATCH, generator=generator), (txt[index].float(), vec[index].float(), t)
-        with torch.autocast("cpu", torch.bfloat16), attention_backend("formula"):
-            with torch.no_grad():
-                guidance = base.mmdit(x, *c, w, *ids) - base.mmdit(x, *c, torch.ones_like(w), *ids)
-            v = mmdit(torch.cat([x, beside[index].float()], dim=-1), *c, unit * w, *ids)
-        return (v.float() - target - guidance.float()).square().mean()
+
+def train_lora(folder: Path, student: Flux, changes: dict[str, LowRank], loss: Callable[[torch.Generator], Tensor],
+               show: Callable[[], tuple[list, list[str]]], *, steps: int | None, minutes: float | None, lr: float, seed: int) -> None:
+    """Learn the changes of the student's layers. Into the folder: the LoRA, and a sheet of what `show()` paints with it: (pictures,
+    captions). Both are of the averaged weights."""
+    mmdit = student.mmdit
 
     def on_save(step: int, ema: dict[str, Tensor]) -> dict:
         now = {name: value.clone() for name, value in mmdit.state_dict().items()}
         mmdit.load_state_dict(ema)
+        pictures, captions = show()
+        mmdit.load_state_dict(now)
+        save(contact_sheet([np.asarray(picture) for picture in pictures], captions), folder / "sheet.png", {"step": step})
+        write_lora(folder / "lora.safetensors", changes, ema)
+        return {"sheet": str(folder / "sheet.png")}
+
+    train(mmdit, loss, folder, lr=lr, steps=steps, minutes=minutes, seed=seed, on_save=on_save)
+
+
+def side_by_side(given: list, painted: list, captions: list[str]) -> tuple[list, list[str]]:
+    """Each picture after what it was made of, for a sheet."""
+    return [picture for pair in zip(given, painted) for picture in pair], [text for caption in captions for text in ("", caption)]
+
+
+def run(folder: Path, variant: str, base: Flux, student: Flux, steps: int | None, minutes: float | None, scenes: int, lr: float) -> None:
+    """Train a variant of the model `base` (`student` is another copy of it, which is changed); writes its LoRA into the folder."""
+    torch.manual_seed(0)
+    inputs, unit = VARIANTS[variant]
+    z, beside, txt, vec, shown = encode_variant(base, inputs, scenes, seed=20)
+    mmdit, changes = student.mmdit, with_factors(student.mmdit, beside.shape[-1])
+    device = mmdit.img_in.weight.device
+    ids = image_ids(SIDE, SIDE, device=device), text_ids(txt.shape[1], device=device)
+
+    def loss(generator: torch.Generator) -> Tensor:
+        index = torch.randint(len(z), (BATCH,), generator=generator)
+        tokens, further, *c = (part[index].to(device, torch.float32) for part in (z, beside, txt, vec))
+        x, t, target = noisy(tokens, generator)
+        w = 1 + 5 * torch.rand(BATCH, generator=generator).to(device)
+        with torch.autocast(device.type, torch.bfloat16), attention_backend("formula"):
+            guidance = guidance_change(base.mmdit, x, *c, t, w, *ids)
+            v = mmdit(torch.cat([x, further], dim=-1), *c, t, unit * w, *ids)
+        return (v.float() - target - guidance.float()).square().mean()
+
+    def show() -> tuple[list, list[str]]:
         pictures, masks = np.stack([render(scene) for scene in shown[:SHOWN]]), random.Random(1)
         keywords, captions = dict(steps=16, progress=False), [scene.caption for scene in shown[:SHOWN]]
         if variant == "fill":
@@ -127,15 +155,10 @@ def run(folder: Path, variant: str, base: Flux, student: Flux, steps: int | None
         else:
             given = [edges(picture) if variant == "canny" else depth_map(scene) for scene, picture in zip(shown, pictures)]
             painted = control(student, captions, given, **keywords)
-        mmdit.load_state_dict(now)
-        pairs = [np.asarray(picture) for pair in zip(given, painted) for picture in pair]
-        save(contact_sheet(pairs, [text for caption in captions for text in ("", caption)]), folder / "sheet.png", {"step": step})
-        write_lora(folder / "lora.safetensors", changes, ema)
-        return {"sheet": str(folder / "sheet.png")}
+        return side_by_side(given, painted, captions)
 
     student.mmdit.config = type(mmdit.config)(**{**mmdit.config.__dict__, "in_channels": z.shape[-1] + beside.shape[-1]})
-    train(mmdit, loss, folder, lr=lr, steps=steps, minutes=minutes, seed=3, on_save=on_save)
-    return folder / "lora.safetensors"
+    train_lora(folder, student, changes, loss, show, steps=steps, minutes=minutes, lr=lr, seed=3)
 
 
 def write_lora(path: Path, changes: dict[str, LowRank], weights: dict[str, Tensor]) -> None:

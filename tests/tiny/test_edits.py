@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from miniflux.tiny.edits import EDITS, describe, edit, fits, sample_edit, variation
+from miniflux.tiny.edits import EDITS, describe, edit, fits, sample_edit
 from miniflux.tiny.scenes import Placed, Scene, object_masks, render
 
 SCENE = Scene((Placed("cat", None, 8, 40, 44), Placed("apple", None, 74, 40, 44)), "green", "a cat left of an apple", "pair", seed=5)
@@ -70,11 +70,3 @@ def test_what_cannot_be_done_is_not_asked_for():
     (dict(objects=(*SCENE.objects, Placed("car", "blue", 0, 0, 40))), "a cat, an apple and a blue car on a green background")])
 def test_any_scene_can_be_described(changes, caption):
     assert describe(replace(SCENE, **changes)) == caption
-
-
-def test_a_variation_shows_the_same_things_elsewhere():
-    for seed in range(20):
-        other = variation(SCENE, random.Random(seed))
-        assert [o.name for o in other.objects] == ["cat", "apple"] and other.ground == "green" and other != SCENE
-        assert all(0 <= min(o.x, o.y) and max(o.x, o.y) + o.size <= 128 and o.size % 2 == 0 for o in other.objects)
-        assert render(other).shape == (128, 128, 3)

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from miniflux import generate, load
+from miniflux.checkpoints.layouts import load_autoencoder
 from miniflux.flux import SHIPPED
 from miniflux.networks.tokenizers import CLIPTokenizer, T5Tokenizer
 from miniflux.tiny import train as command
@@ -150,3 +151,24 @@ def test_a_minute_of_training_lowers_the_loss_and_a_killed_run_ends_in_the_same_
     run(tmp_path / "parts", None)
     whole, parts = (load_file(tmp_path / work / "base" / "state.safetensors") for work in ("whole", "parts"))
     assert whole.keys() == parts.keys() and all(torch.equal(whole[k], parts[k]) for k in whole)
+
+
+@pytest.mark.parametrize("stage, start, sentence", [
+    ("guidance", "tiny", "--start is for autoencoder and base"), ("base", "tiny-canny", "has another transformer than the one"),
+    ("base", "no-such-model", "'no-such-model' is neither a folder nor a known model")])
+def test_a_model_that_cannot_be_started_from_is_refused_in_one_sentence(tmp_path, capsys, stage, start, sentence):
+    for part in ("vae", "tokenizer", "tokenizer_2"):
+        shutil.copytree(SHIPPED / "tiny" / part, tmp_path / "model" / part)
+    with pytest.raises(SystemExit) as stop:
+        command.main([stage, "--start", start, "--steps", "1", "--scenes", "64", "--work", str(tmp_path), "--device", "cpu"])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and sentence in error and error.count("\n") == 1
+
+
+def test_an_autoencoder_that_is_started_from_another_keeps_its_encoder_and_its_latents(tmp_path):
+    with torch.enable_grad():
+        command.main(["autoencoder", "--start", "tiny", "--steps", "2", "--scenes", "64", "--work", str(tmp_path), "--device", "cpu"])
+    known, new = (load_autoencoder(folder / "vae", "cpu", torch.float32) for folder in (SHIPPED / "tiny", tmp_path / "model"))
+    assert new.config == known.config
+    same = {name: torch.equal(value, known.state_dict()[name]) for name, value in new.state_dict().items()}
+    assert all(equal for name, equal in same.items() if name.startswith("encoder.")) and not same["decoder.conv_out.weight"]
