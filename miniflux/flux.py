@@ -88,6 +88,11 @@ def shipped_models() -> dict[str, Path]:
             if (folder / "model_index.json").is_file() or (folder / VARIANT).is_file()}
 
 
+def whole_models() -> list[str]:
+    """Those of them that are no variant of another."""
+    return [name for name, folder in shipped_models().items() if not (folder / VARIANT).is_file()]
+
+
 def find_source(source: str | Path) -> Path:
     """The folder or file that `source` names: a shipped model, a path, an official short name or a Hub id."""
     name, shipped = str(source), shipped_models()
@@ -156,9 +161,9 @@ def assemble_variant(folder: Path, device: torch.device, dtype: torch.dtype | No
     says with which guidance it was made to need few steps, take the guidance embedding away."""
     from .adapters.lora import merged_for_good
 
-    described, shipped = read_json(folder / VARIANT), shipped_models()
+    described = read_json(folder / VARIANT)
     base, guidance = described.get("base"), described.get("guidance")
-    if base not in shipped or (shipped[base] / VARIANT).is_file():
+    if base not in whole_models():
         raise ValueError(f"{folder / VARIANT} names the base {base!r:.60}: expected a shipped model such as tiny")
     flux = merged_for_good(assemble(base, device, dtype, transformer), folder / "lora.safetensors")
     config = replace(flux.config, name=folder.name)

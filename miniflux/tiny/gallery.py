@@ -18,7 +18,7 @@ from ..inpaint import inpaint
 from .scenes import contact_sheet
 
 PROMPTS = ("a fox on a blue background", "a blue teapot on a yellow background", "two owls at night", "a cat to the left of a red apple",
-           "a boat in the sea", "a tree on the grass", "pixel art of a rocket on a purple background", "a pencil sketch of a house")
+           "a boat in the sea", "a tree on the grass", "two bees on a white background", "a small cat on a pink background")
 QUICK = ("a dog on a pink background", "a sunflower in the snow", "a car in the desert", "a penguin on a red background")
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..checkpoints.layouts import load_autoencoder
 from ..cli import Parser
-from ..flux import find_device, load
+from ..flux import find_device, load, whole_models
 from ..networks.autoencoder import Autoencoder
 from ..networks.tokenizers import CLIPTokenizer, T5Tokenizer
 from . import export, train_autoencoder, train_flow, train_kontext, train_schnell, train_variant, vocabulary
@@ -90,7 +90,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = Parser(prog="python -m miniflux.tiny.train", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", choices=list(SCENES))
-    parser.add_argument("--base", default="tiny", help="the model of which schnell, kontext, fill, canny and depth are variants (default tiny)")
+    parser.add_argument("--base", default="tiny", choices=whole_models(), help="the model of which schnell, kontext, fill, canny and depth are variants (default tiny)")
     parser.add_argument("--start", help="the model whose weights the stages autoencoder and base begin with (default: random ones)")
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--minutes", type=float, help="train for so long (default 15)")

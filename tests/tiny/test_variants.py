@@ -59,6 +59,12 @@ def test_kontext_is_written_as_a_lora_and_edits_a_picture(tmp_path, monkeypatch)
     assert picture.size == (128, 128)
 
 
+def test_a_variant_of_a_variant_is_refused_before_any_work(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        train.main(["schnell", "--base", "tiny-canny", "--work", str(tmp_path)])
+    assert stop.value.code == 2 and "choose from" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
 def test_a_guidance_that_is_folded_in_computes_the_same():
     mmdit = load("tiny", device="cpu").mmdit
     x, ids = torch.randn(2, 64, 64), (train_variant.image_ids(16, 16), train_variant.text_ids(8))
