@@ -1,11 +1,13 @@
 """The attention table of `python -m miniflux.bench`: norm, rotation and attention of one block, by each backend.
 
 The peer is what diffusers runs in a double block, operation by operation: four norms, three concatenations, two rotations,
-PyTorch's attention. Beside it PyTorch's attention alone, on queries and keys that are already normalised and turned."""
+PyTorch's attention. Beside it PyTorch's attention alone, on queries and keys that are already normalised and turned. On a GPU each
+rung of the CUDA ladder (csrc/cuda) as well, and how fast the two matrix products of an attention are computed that way."""
 
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -49,15 +51,18 @@ def measure(shape: tuple[int, int, int, int], device: str, dtype: torch.dtype, s
     names = [name for name in BACKENDS if name not in ("native", "norm_rope") or native.refusal(qkv) is None]
     if S > 1536:
         names.remove("formula")                                                 # which keeps every score: 24 x 4608 x 4608 and more
+    ways = {name: partial(attention, backend=name) for name in names}
+    if device == "cuda" and native.refusal(qkv) is None:
+        ways |= {name: partial(native.attend, kernel=name) for name in native.RUNGS}
     scratch = qkv.clone()                                                       # norm_rope overwrites what it is given
     q, k, v = qkv.clone().permute(2, 0, 3, 1, 4)
     calls: dict[str, Callable[[], Tensor]] = {"diffusers": diffusers_chain(qkv, pe, image, text, L),
                                               "sdpa alone": lambda: F.scaled_dot_product_attention(q, k, v)}
-    for name in names:
-        calls[name] = lambda name=name: attention(scratch, pe, image, text, L, backend=name)
+    for name, way in ways.items():
+        calls[name] = partial(way, scratch, pe, image, text, L)
     expected = calls["diffusers"]().float()
-    for name in names:
-        difference = float((attention(qkv.clone(), pe, image, text, L, backend=name).float() - expected).norm() / expected.norm())
+    for name, way in ways.items():
+        difference = float((way(qkv.clone(), pe, image, text, L).float() - expected).norm() / expected.norm())
         assert difference < BOUND[dtype], f"{name} differs from diffusers by {difference}"
     times: dict[str, list[float]] = {name: [] for name in calls}
     end = time.perf_counter() + seconds
@@ -73,13 +78,16 @@ def measure(shape: tuple[int, int, int, int], device: str, dtype: torch.dtype, s
 
 @torch.inference_mode()
 def bench_attention(_: str) -> None:
-    device, shapes, dtypes = "cpu", CPU, (torch.float32, torch.bfloat16)
+    device, shapes, dtypes, columns = "cpu", CPU, (torch.float32, torch.bfloat16), ("diffusers", "sdpa alone", *BACKENDS)
     if torch.cuda.is_available():
-        device, shapes, dtypes = "cuda", CUDA, (torch.bfloat16,)
+        device, shapes, dtypes, columns = "cuda", CUDA, (torch.bfloat16,), (*columns, *native.RUNGS)
     for dtype in dtypes:
-        columns = ("diffusers", "sdpa alone", *BACKENDS)
         print(f"\n{'us, ' + str(dtype)[6:]:20}" + "".join(f"{name:>11}" for name in columns) + f"{'diffusers / auto':>18}")
         for shape in shapes:
             times = measure(shape, device, dtype)
             print(f"{str(shape):20}" + "".join(f"{1e6 * times[name]:11.0f}" if name in times else f"{'-':>11}" for name in columns)
                   + f"{times['diffusers'] / times['auto']:17.2f}x")
+            if device == "cuda":
+                B, H, S, D = shape
+                work = 4e-12 * B * H * S * S * D
+                print(f"{'TFLOP/s':20}" + "".join(f"{work / times[name]:11.1f}" if name in times else f"{'-':>11}" for name in columns))

@@ -7,18 +7,11 @@
 
 namespace py = pybind11;
 
-// sizes: B, H, S, L, D; steps of qkv (B, S, 3, H, D): batch, token, from q to k to v, head.
 template <typename T, void (*kernel)(const Problem<T>&)>
-static void call(std::array<int64_t, 5> sizes, uintptr_t qkv, std::array<int64_t, 4> steps, uintptr_t text, uintptr_t image,
-                 uintptr_t pe, uintptr_t out) {
-    auto [B, H, S, L, D] = sizes;
-    auto [batch, token, part, head] = steps;
-    auto at = [](uintptr_t address) { return reinterpret_cast<T*>(address); };
-    auto rows = [batch = batch, token = token, head = head](T* data) { return Rows<T>{data, batch, head, token}; };
-    Problem<T> problem{B, H, S, L, D, rows(at(qkv)), rows(at(qkv) + part), rows(at(qkv) + 2 * part), {at(out), S * H * D, D, H * D},
-                       at(text), at(image), reinterpret_cast<const float*>(pe)};
+static void call(Sizes sizes, uintptr_t qkv, Steps steps, uintptr_t text, uintptr_t image, uintptr_t pe, uintptr_t out) {
+    auto p = problem<T>(sizes, qkv, steps, text, image, pe, out);
     py::gil_scoped_release others_may_run;
-    kernel(problem);
+    kernel(p);
 }
 
 static void call_linear(std::array<int64_t, 3> sizes, uintptr_t x, uintptr_t w, uintptr_t b, uintptr_t y) {

@@ -7,23 +7,19 @@
 
 namespace py = pybind11;
 
-// sizes: B, H, S, L, D; steps of qkv (B, S, 3, H, D): batch, token, from q to k to v, head.
 template <typename T, void (*kernel)(const Problem<T>&, void*)>
-static void call(std::array<int64_t, 5> sizes, uintptr_t qkv, std::array<int64_t, 4> steps, uintptr_t text, uintptr_t image,
-                 uintptr_t pe, uintptr_t out, uintptr_t stream) {
-    auto [B, H, S, L, D] = sizes;
-    auto [batch, token, part, head] = steps;
-    auto at = [](uintptr_t address) { return reinterpret_cast<T*>(address); };
-    auto rows = [batch = batch, token = token, head = head](T* data) { return Rows<T>{data, batch, head, token}; };
-    Problem<T> problem{B, H, S, L, D, rows(at(qkv)), rows(at(qkv) + part), rows(at(qkv) + 2 * part), {at(out), S * H * D, D, H * D},
-                       at(text), at(image), reinterpret_cast<const float*>(pe)};
-    kernel(problem, reinterpret_cast<void*>(stream));
+static void call(Sizes sizes, uintptr_t qkv, Steps steps, uintptr_t text, uintptr_t image, uintptr_t pe, uintptr_t out,
+                 uintptr_t stream) {
+    auto p = problem<T>(sizes, qkv, steps, text, image, pe, out);
+    if (p.B * p.H * p.S * p.D) kernel(p, reinterpret_cast<void*>(stream));       // CUDA has no grid of no blocks
 }
 
 template <typename T> static void offer(py::module_& module, const std::string& type) {
     module.def(("norm_rope_" + type).c_str(), call<T, norm_rope<T>>);
     module.def(("naive_" + type).c_str(), call<T, naive<T>>);
     module.def(("tiles_" + type).c_str(), call<T, tiles<T>>);
+    module.def(("mma_" + type).c_str(), call<T, mma<T>>);
+    module.def(("attention_" + type).c_str(), call<T, attention<T>>);
 }
 
 PYBIND11_MODULE(_cuda, module) {

@@ -8,5 +8,7 @@
 #include "../attention.h"
 
 template <typename T> void norm_rope(const Problem<T>& p, void* stream);  // q = R norm(q) and k = R norm(k), in place
-template <typename T> void naive(const Problem<T>& p, void* stream);      // the whole attention; overwrites q and k
+template <typename T> void naive(const Problem<T>& p, void* stream);      // out = the whole attention; overwrites q and k
 template <typename T> void tiles(const Problem<T>& p, void* stream);      // the same
+template <typename T> void mma(const Problem<T>& p, void* stream);        // the same, for those problems that mma_takes
+template <typename T> void attention(const Problem<T>& p, void* stream);  // mma where it can be, tiles elsewhere

@@ -15,7 +15,7 @@ constexpr int64_t tile_floats(int64_t D) { return WARPS * QUERIES * D + KEYS * (
 
 // q and k are normalised and turned. CHANNELS: of each lane, at least D / 32.
 template <typename T, int CHANNELS> __global__ void attention_tiles(Problem<T> p) {
-    SHARED(memory);
+    SHARED_FLOATS(memory);
     float *queries = memory, *keys = queries + WARPS * QUERIES * p.D, *values = keys + KEYS * (p.D + 1);
     int64_t h = blockIdx.y % p.H, b = blockIdx.y / p.H, first = int64_t(blockIdx.x) * WARPS * QUERIES;
     int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES, D = p.D;

@@ -3,8 +3,10 @@
     python -m miniflux.engine.native        what is built, what is used on this machine, and why not the rest
 
 `miniflux._cpu` (csrc/cpu) computes norm, rotation and attention in one call, and the layers between the attentions of a small
-network. It is built when the package is installed, where there is a compiler; without it PyTorch's own operations do the same.
-`networks.attention` and `networks.layers` choose; the former checks what it hands over.
+network. `miniflux._cuda` (csrc/cuda) has a ladder of kernels for the former, from `naive` over `tiles` to `mma`, of which `attention`
+is the highest that takes the tensors: `mma` for float16 and bfloat16 with heads of 32, 64 or 128 channels. Both are built when the
+package is installed, where there is a compiler; without them PyTorch's own operations do the same. `networks.attention` and
+`networks.layers` choose; the former checks what it hands over.
 
 Tensors: qkv (B, S, 3, H, D) float32 or bfloat16, pe (S, D/2, 2, 2) float32, image and text (2, D): the scales of queries
 and keys; those of text are for the first L rows.
@@ -56,7 +58,7 @@ def needs_gradients(qkv: Tensor, image: Tensor, text: Tensor) -> bool:
     return torch.is_grad_enabled() and (qkv.requires_grad or image.requires_grad or text.requires_grad)
 
 
-CUDA_KERNELS = {"attention": "tiles", "norm_rope": "norm_rope"}
+RUNGS = ("naive", "tiles", "mma")                          # of the CUDA ladder, for `attend`
 
 
 def call(kernel: str, qkv: Tensor, pe: Tensor, image: Tensor, text: Tensor, L: int, out: Tensor) -> None:
@@ -69,13 +71,13 @@ def call(kernel: str, qkv: Tensor, pe: Tensor, image: Tensor, text: Tensor, L: i
     else:
         with torch.cuda.device(qkv.device):
             stream = torch.cuda.current_stream().cuda_stream
-            getattr(_cuda, f"{CUDA_KERNELS[kernel]}_{DTYPES[qkv.dtype]}")(*arguments, stream)
+            getattr(_cuda, f"{kernel}_{DTYPES[qkv.dtype]}")(*arguments, stream)
 
 
-def attend(qkv: Tensor, pe: Tensor, image: Tensor, text: Tensor, L: int) -> Tensor:
+def attend(qkv: Tensor, pe: Tensor, image: Tensor, text: Tensor, L: int, kernel: str = "attention") -> Tensor:
     B, S, _, H, D = qkv.shape
     out = qkv.new_empty(B, S, H * D)
-    call("attention", qkv, pe, image, text, L, out)
+    call(kernel, qkv, pe, image, text, L, out)
     return out
 
 
@@ -101,7 +103,7 @@ def norm_rope(qkv: Tensor, pe: Tensor, image: Tensor, text: Tensor, L: int) -> T
 def attention_op(qkv: Tensor, pe: Tensor, image: Tensor, text: Tensor, L: int) -> Tensor:
     from ..networks.attention import check
     check(qkv, pe, image, text, L, "native")
-    # Note: with CUDA queries and keys are normalised and turned where they lie, which this op has promised not to do.
+    # Note: with CUDA keys, and on the lower rungs queries, are normalised and turned where they lie: this op has promised not to.
     return attend(qkv.clone() if qkv.is_cuda else qkv, pe, image, text, L)
 
 

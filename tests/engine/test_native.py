@@ -62,10 +62,14 @@ def test_the_modules_are_there_where_they_are_required():
         cuda, why_not = native.find("miniflux._cuda")
         assert cuda is not None, why_not
         names = {name for name in dir(cuda) if not name.startswith("_")}
-        assert names == {f"{kernel}_{dtype}" for kernel in ("naive", "norm_rope", "tiles") for dtype in native.DTYPES.values()}
+        assert names == {f"{kernel}_{dtype}" for kernel in ("norm_rope", "attention", *native.RUNGS) for dtype in native.DTYPES.values()}
+        with pytest.raises(RuntimeError, match="mma takes float16 and bfloat16, heads of 32, 64 or 128 channels"):
+            cuda.mma_float32((1, 1, 1, 0, 32), 0, (96, 96, 32, 32), 0, 0, 0, 0, 0)
+        cuda.attention_bfloat16((1, 1, 0, 0, 32), 0, (0, 96, 32, 32), 0, 0, 0, 0, 0)        # of no tokens there is nothing to do
         if not torch.cuda.is_available():
-            with pytest.raises(RuntimeError, match="CUDA|driver"):
-                cuda.norm_rope_float32((1, 1, 1, 0, 2), 0, (6, 6, 2, 2), 0, 0, 0, 0, 0)
+            for kernel in names - {"mma_float32"}:
+                with pytest.raises(RuntimeError, match="CUDA|driver"):
+                    getattr(cuda, kernel)((1, 1, 1, 0, 32), 0, (96, 96, 32, 32), 0, 0, 0, 0, 0)
 
 
 @pytest.mark.parametrize("shape, L", SHAPES)
@@ -79,6 +83,21 @@ def test_the_specification_is_the_formula(shape, L):
 def test_the_kernel_is_the_specification(shape, L, dtype, bound):
     args = problem(shape, dtype)
     assert error(native.attention(*args, L), reference(*args, L)) < bound
+
+
+@pytest.mark.skipif(native._cuda is None or not torch.cuda.is_available(), reason="miniflux._cuda is not built, or there is no GPU here")
+@pytest.mark.parametrize("dtype, bound", [(torch.float32, 2e-6), (torch.float16, 5e-4), (torch.bfloat16, 4e-3)])
+@pytest.mark.parametrize("kernel", ["attention", *native.RUNGS])
+@pytest.mark.parametrize("shape, L", [*SHAPES, ((2, 3, 300, 32), 40), ((1, 2, 257, 64), 0), ((2, 2, 1000, 128), 999)])
+def test_every_rung_of_the_cuda_ladder_is_the_specification(shape, L, kernel, dtype, bound):
+    args = problem(shape, dtype)
+    on_gpu = [x.cuda() for x in args]
+    if kernel == "mma" and (dtype == torch.float32 or shape[-1] not in (32, 64, 128)):
+        with pytest.raises(RuntimeError, match="mma takes"):
+            native.attend(*on_gpu, L, kernel)
+    else:
+        ours, theirs = native.attend(*on_gpu, L, kernel).cpu(), reference(*args, L)
+        assert (ours - theirs).norm() / theirs.norm() < bound
 
 
 @pytest.mark.parametrize("dtype, bound", [(torch.float32, 2e-6), (torch.bfloat16, 8e-3)])

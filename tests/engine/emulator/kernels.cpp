@@ -1,42 +1,64 @@
-// The CUDA kernels on the CPU, by csrc/cuda/emulate.h: functions for ctypes that return 0, or 1 where threads wait for ever.
+// The CUDA kernels on the CPU, by csrc/cuda/emulate.h: functions for ctypes.
+//
+// With -DONLY_TYPE=... -DONLY_CHANNELS=... for one type of numbers and one width of heads, which is compiled in a quarter of the time.
 
-#include <stdexcept>
-#include <tuple>
+#include <utility>
 
-#include "cpu/bfloat16.h"
+#include "cuda/mma.cuh"
 #include "cuda/naive.cuh"
 #include "cuda/norm_rope.cuh"
 #include "cuda/tiles.cuh"
 
-template <typename T> Problem<T> problem(const int64_t* n, T* qkv, T* text, T* image, float* pe, T* out) {
-    auto [B, H, S, L, D] = std::tuple(n[0], n[1], n[2], n[3], n[4]);
-    auto rows = [&](T* data) { return Rows<T>{data, S * 3 * H * D, D, 3 * H * D}; };        // of (B, S, 3, H, D)
-    return {B, H, S, L, D, rows(qkv), rows(qkv + H * D), rows(qkv + 2 * H * D), {out, S * H * D, D, H * D}, text, image, pe};
+static Index blocks(int64_t n, int64_t of_block, int64_t heads = 1, int64_t pictures = 1) {
+    return {unsigned((n + of_block - 1) / of_block), unsigned(heads), unsigned(pictures)};
 }
 
-template <typename T, int CHANNELS> void run(const char* name, const Problem<T>& p) {
-    auto warps = [](int64_t n) { return Index{unsigned((n + 1) / 2), 1, 1}; };               // two warps a block
-    launch(norm_rope<T>, warps(p.B * p.S * 2 * p.H), 64, 0, p);
-    if (name[0] == 'n' && name[1] == 'a') launch(attention_naive<T, CHANNELS>, warps(p.B * p.H * p.S), 64, 0, p);
-    if (name[0] == 't')
-        launch(attention_tiles<T, CHANNELS>, Index{unsigned((p.S + WARPS * QUERIES - 1) / (WARPS * QUERIES)), unsigned(p.B * p.H), 1},
-               WARPS * LANES, tile_floats(p.D), p);
+template <typename T, int CHANNELS> void run(const std::string& name, const Problem<T>& p) {
+    int parts = name == "mma" ? 1 : 2;
+    launch(norm_rope<T>, blocks(p.B * p.S * parts * p.H, 2), 64, p, parts);                  // two warps a block
+    if (name == "naive") launch(attention_naive<T, CHANNELS>, blocks(p.B * p.H * p.S, 2), 64, p);
+    if (name == "tiles") launch(attention_tiles<T, CHANNELS>, blocks(p.S, WARPS * QUERIES, p.B * p.H), WARPS * LANES, p);
+    if constexpr (sizeof(T) == 2)
+        if (name == "mma")
+            launch(attention_mma<T, CHANNELS * 32>, blocks(p.S, MMA_WARPS * MMA_QUERIES, p.H, p.B), MMA_WARPS * LANES, p);
 }
 
-template <typename T> int call(const char* name, const int64_t* n, T* qkv, T* text, T* image, float* pe, T* out) {
+template <typename T> Problem<T> stated(const int64_t* n, const uintptr_t* x) {
+    return problem<T>({n[0], n[1], n[2], n[3], n[4]}, x[0], {n[5], n[6], n[7], n[8]}, x[1], x[2], x[3], x[4]);
+}
+
+static std::string why_not;
+
+// n: sizes and steps of a problem; x: addresses of qkv, text, image, pe and out. Where it cannot end, `error` says why.
+template <typename T> bool call(const char* name, const int64_t* n, const uintptr_t* x, bool hasty) {
+    auto p = stated<T>(n, x);
+    emulated.hasty = hasty;
+    emulated.conflicts = 0;
     try {
-        auto p = problem(n, qkv, text, image, pe, out);
+#ifdef ONLY_CHANNELS
+        run<T, ONLY_CHANNELS>(name, p);
+#else
         p.D <= 32 ? run<T, 1>(name, p) : p.D <= 64 ? run<T, 2>(name, p) : run<T, 4>(name, p);
-        return 0;
-    } catch (const std::runtime_error&) {
-        return 1;
+#endif
+        return true;
+    } catch (const std::runtime_error& error) {
+        why_not = error.what();
+        return false;
     }
 }
 
-extern "C" int float32(const char* name, const int64_t* n, float* qkv, float* text, float* image, float* pe, float* out) {
-    return call(name, n, qkv, text, image, pe, out);
-}
+#define OFFER(name, T) \
+    int name(const char* kernel, const int64_t* n, const uintptr_t* x, bool hasty) { return call<T>(kernel, n, x, hasty); } \
+    int mma_takes_##name(const int64_t* n, const uintptr_t* x) { return mma_takes(stated<T>(n, x)); }
 
-extern "C" int bfloat(const char* name, const int64_t* n, bfloat16* qkv, bfloat16* text, bfloat16* image, float* pe, bfloat16* out) {
-    return call(name, n, qkv, text, image, pe, out);
+extern "C" {
+#ifdef ONLY_TYPE
+OFFER(only, ONLY_TYPE)
+#else
+OFFER(float32, float)
+OFFER(float16, __half)
+OFFER(bfloat16_, __nv_bfloat16)
+#endif
+int64_t conflicts() { return emulated.conflicts; }
+const char* error() { return why_not.c_str(); }
 }
