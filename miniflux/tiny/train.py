@@ -59,12 +59,12 @@ def train_autoencoder_stage(work: Path, steps: int | None, minutes: float | None
 
 
 def train_painter_stage(work: Path, stage: str, steps: int | None, minutes: float | None, scenes: int,
-                        device: torch.device, start: str | None) -> None:
+                        device: torch.device, start: str | None, compiled: bool) -> None:
     if stage == "guidance" and not (work / "base" / "state.safetensors").is_file():
         raise FileNotFoundError(f"{work / 'base'} holds no state: train the stage base first")
     teacher, lr = (averaged(work / "base"), 1e-3) if stage == "guidance" else (None, 2e-3)
     known = load(start, device=device, dtype=torch.float32) if start else None
-    train_flow.run(work / stage, parts(work / "model", device), steps, minutes, device, teacher, scenes, lr, known)
+    train_flow.run(work / stage, parts(work / "model", device), steps, minutes, device, teacher, scenes, lr, known, compiled)
     painter = train_flow.Painter()
     painter.load_state_dict(averaged(work / stage))
     export.write_mmdit(work / "model", painter.mmdit)
@@ -98,6 +98,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--scenes", type=int, help=f"how many scenes to learn from (default {SCENES})")
     parser.add_argument("--work", type=Path, default=Path("tiny-training"), help="the folder of all results (default tiny-training)")
     parser.add_argument("--device", type=find_device, default=find_device(), help="default: CUDA, then MPS, then the CPU")
+    parser.add_argument("--compile", action="store_true", help="run base and guidance through torch.compile: after a minute's wait a step takes "
+                        "0.7 times as long; needs a C++ compiler")
     args = parser.parse_args(argv)
     minutes = args.minutes if args.minutes or args.steps else 15.0
     scenes = args.scenes or SCENES[args.stage]
@@ -111,7 +113,7 @@ def main(argv: list[str] | None = None) -> None:
         elif args.stage in ("schnell", "kontext", *train_variant.VARIANTS):
             train_variant_stage(args.work, args.stage, args.steps, minutes, scenes, args.device, args.base)
         else:
-            train_painter_stage(args.work, args.stage, args.steps, minutes, scenes, args.device, args.start)
+            train_painter_stage(args.work, args.stage, args.steps, minutes, scenes, args.device, args.start, args.compile)
     except (OSError, ValueError, ImportError) as error:
         parser.error(str(error))
 

@@ -120,9 +120,10 @@ def noisy(tokens: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, T
 
 
 def run(folder: Path, model: tuple[Autoencoder, CLIPTokenizer, T5Tokenizer], steps: int | None, minutes: float | None,
-        device: torch.device, teacher: dict[str, Tensor] | None, scenes: int, lr: float, start: Flux | None = None) -> None:
+        device: torch.device, teacher: dict[str, Tensor] | None, scenes: int, lr: float, start: Flux | None = None,
+        compiled: bool = False) -> None:
     """Train the base model, from what `start` knows on if it is given; or, given the base model's weights as `teacher`, distil
-    guidance into a copy of it."""
+    guidance into a copy of it. `compiled` runs the networks through torch.compile, which needs a C++ compiler."""
     torch.manual_seed(0)
     painter = Painter().to(device)
     if start is not None:
@@ -133,6 +134,9 @@ def run(folder: Path, model: tuple[Autoencoder, CLIPTokenizer, T5Tokenizer], ste
         guide.load_state_dict(teacher)
         painter.clip.requires_grad_(False)
         painter.t5.requires_grad_(False)
+    if compiled:                                       # Note: the methods, not the module: the names of its weights stay as they are
+        for network in (painter,) if teacher is None else (painter, guide):
+            network.forward, network.velocity = torch.compile(network.forward), torch.compile(network.velocity)
     tokens, clip_ids, t5_ids = encode_scenes(*model, scenes, seed=10 if teacher is None else 11, device=device)
 
     def batch(generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
