@@ -13,6 +13,7 @@ from torch import Tensor
 from ..checkpoints.names import autoencoder_to_diffusers, mmdit_to_diffusers
 from ..networks.autoencoder import Autoencoder, AutoencoderConfig
 from ..networks.clip import CLIPConfig, CLIPText
+from ..networks.controlnet import ControlNet
 from ..networks.mmdit import MMDiT, MMDiTConfig
 from ..networks.t5 import T5, T5Config
 from .vocabulary import write_json
@@ -81,6 +82,15 @@ def write_mmdit(folder: Path, network: MMDiT) -> None:
                 "use_dynamic_shifting": guided, "base_shift": 0.5, "max_shift": 1.15,
                 "base_image_seq_len": 256, "max_image_seq_len": 4096})
     write_json(folder / "model_index.json", {"_class_name": "FluxPipeline", "_diffusers_version": "0.30.0"} | PARTS)
+
+
+def write_controlnet(folder: Path, network: ControlNet) -> None:
+    """The folder of a `FluxControlNetModel`."""
+    config = mmdit_json(network.config) | {"_class_name": "FluxControlNetModel", "num_mode": network.config.modes}
+    state = network.state_dict()
+    own = {name: value for name, value in state.items() if name.startswith("controlnet_")}
+    write_part(folder, {key: value for key, value in config.items() if key != "out_channels"}, "diffusion_pytorch_model",
+               mmdit_to_diffusers(state) | own)
 
 
 def write_text_encoders(folder: Path, clip: CLIPText, t5: T5) -> None:

@@ -1,0 +1,119 @@
+"""Stage 7: a ControlNet that knows four kinds of control: edges, depths, blurred and grey pictures (arXiv:2302.05543).
+
+    loss = ‖v_base(x_t, t, caption, w; net(x_t, c, kind, ...)) - (ε - z) - (v_base(x_t, t, caption, w) - v_base(x_t, t, caption, 1))‖²
+
+c are the tokens of the control picture. Only the net learns: it begins as a copy of the base model's first blocks, and what it adds to
+the base model's tokens begins as zero. The last two terms are what guidance w changes in the base model, as for the other variants.
+"""
+
+import random
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageFilter
+from torch import Tensor, nn
+
+from ..controlnet import MODES
+from ..flux import Flux
+from ..generate import generate
+from ..images import save
+from ..latents import encode
+from ..networks.attention import attention_backend
+from ..networks.controlnet import ControlNet, ControlNetConfig, assign
+from ..networks.mmdit import MMDiT, MMDiTConfig
+from ..prompt import encode_prompt
+from ..sampling import image_ids, patchify, text_ids
+from . import export
+from .pairs import depth_map, edges
+from .scenes import Scene, contact_sheet, render, sample_scene
+from .train_autoencoder import to_tensor
+from .train_flow import BATCH, SIDE, noisy
+from .train_variant import SHOWN, guidance_change, side_by_side
+from .training import train
+
+
+def blurred(picture: np.ndarray) -> np.ndarray:
+    return np.asarray(Image.fromarray(picture).filter(ImageFilter.GaussianBlur(6)))
+
+
+def grey(picture: np.ndarray) -> np.ndarray:
+    return np.asarray(Image.fromarray(picture).convert("L").convert("RGB"))
+
+
+# Kind -> the control picture (128, 128, 3) uint8 of a scene and its picture. Pictures take turns: the i-th is of the i-th kind.
+KINDS = {"canny": lambda scene, picture: edges(picture), "depth": lambda scene, picture: depth_map(scene),
+         "blur": lambda scene, picture: blurred(picture), "gray": lambda scene, picture: grey(picture)}
+
+
+def beginning(base: MMDiT, depth: int = 1, depth_single_blocks: int = 1) -> ControlNet:
+    """The net before it learns: a copy of the base model's embeddings and first blocks, that adds nothing."""
+    sizes = {field.name: getattr(base.config, field.name) for field in fields(MMDiTConfig)}
+    net = ControlNet(ControlNetConfig(**sizes | dict(depth=depth, depth_single_blocks=depth_single_blocks, modes=max(MODES.values()) + 1)))
+    state = net.state_dict()
+    net.load_state_dict(state | {name: value for name, value in base.state_dict().items() if name in state})
+    for layer in (net.controlnet_x_embedder, *net.controlnet_blocks, *net.controlnet_single_blocks):
+        nn.init.zeros_(layer.weight)
+        nn.init.zeros_(layer.bias)
+    return net.to(base.img_in.weight.device)
+
+
+def controlled(base: MMDiT, net: ControlNet, x: Tensor, control: Tensor, mode: int, *rest: Tensor) -> Tensor:
+    """The base model's velocity (B, N, 64) under the net's residuals; rest as the transformer takes it."""
+    txt, vec, t, guidance, *ids = rest
+    doubles, singles = net(x, control, mode, txt, vec, t, guidance, *ids)
+    return base(x, *rest, assign(doubles, base.config.depth, repeat=False) + assign(singles, base.config.depth_single_blocks, repeat=False))
+
+
+@torch.no_grad()
+def encode_controls(flux: Flux, count: int, seed: int) -> tuple[list[Tensor], list[tuple[Scene, np.ndarray]]]:
+    """`count` scenes: their tokens, those of their control pictures, and encoded captions, in bfloat16; the first (scene, control)s."""
+    rng, columns, kept, kinds = random.Random(seed), [], [], list(KINDS.values())
+    flux.autoencoder.to(memory_format=torch.channels_last)
+    for begin in range(0, count, 64):
+        scenes = [sample_scene(rng) for _ in range(min(64, count - begin))]
+        pictures = [render(scene) for scene in scenes]
+        controls = [kinds[i % len(kinds)](*pair) for i, pair in enumerate(zip(scenes, pictures))]
+        prompt = encode_prompt(flux, [scene.caption for scene in scenes])
+        with torch.autocast(prompt.txt.device.type, torch.bfloat16):
+            z, c = (patchify(encode(flux, to_tensor(np.stack(images)))) for images in (pictures, controls))
+        columns.append([part.bfloat16().cpu() for part in (z, c, prompt.txt, prompt.vec)])
+        kept += list(zip(scenes, controls))[:64 - len(kept)]
+    return list(map(torch.cat, zip(*columns))), kept
+
+
+def run(folder: Path, flux: Flux, steps: int | None, minutes: float | None, count: int, lr: float) -> None:
+    """Train a net for the model `flux`, which stays as it is; writes it into the folder in the form of diffusers."""
+    torch.manual_seed(0)
+    columns, shown = encode_controls(flux, count, seed=50)
+    base, net = flux.mmdit.requires_grad_(False), beginning(flux.mmdit)
+    device, modes = base.img_in.weight.device, [MODES[kind] for kind in KINDS]
+    ids = image_ids(SIDE, SIDE, device=device), text_ids(columns[2].shape[1], device=device)
+
+    def loss(generator: torch.Generator) -> Tensor:
+        kind = int(torch.randint(len(modes), (), generator=generator))
+        index = len(modes) * torch.randint(len(columns[0]) // len(modes), (BATCH,), generator=generator) + kind
+        tokens, control, *prompt = (part[index].to(device, torch.float32) for part in columns)
+        x, t, target = noisy(tokens, generator)
+        w = 1 + 5 * torch.rand(BATCH, generator=generator).to(device)
+        with torch.autocast(device.type, torch.bfloat16), attention_backend("formula"):
+            guidance = guidance_change(base, x, *prompt, t, w, *ids)
+            v = controlled(base, net, x, control, modes[kind], *prompt, t, w, *ids)
+        return (v.float() - target - guidance.float()).square().mean()
+
+    def on_save(step: int, ema: dict[str, Tensor]) -> dict:
+        averaged = beginning(base)
+        averaged.load_state_dict(ema)
+        painted, captions = [None] * min(SHOWN, len(shown)), [scene.caption for scene, _ in shown]
+        for kind, mode in enumerate(modes):
+            own = list(range(kind, len(painted), len(modes)))
+            for i, picture in zip(own, generate(flux, [captions[i] for i in own], steps=16, progress=False, controlnet=(
+                    averaged, [shown[i][1] for i in own], 1.0, 0.0, 1.0, mode)) if own else ()):
+                painted[i] = picture
+        given, captions = side_by_side([control for _, control in shown], painted, captions)
+        save(contact_sheet([np.asarray(picture) for picture in given], captions), folder / "sheet.png", {"step": step})
+        export.write_controlnet(folder, averaged)
+        return {"sheet": str(folder / "sheet.png")}
+
+    train(net, loss, folder, lr=lr, steps=steps, minutes=minutes, seed=6, on_save=on_save)
