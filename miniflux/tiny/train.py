@@ -8,6 +8,7 @@
     python -m miniflux.tiny.train kontext --minutes 30
     python -m miniflux.tiny.train fill --minutes 12              canny, depth likewise
     python -m miniflux.tiny.train controlnet --minutes 20
+    python -m miniflux.tiny.train style --minutes 8
 
 Everything lies below `--work`: each stage's state, log and sample sheet in its own folder, and in `model/` the model so
 far, which `miniflux.load` opens once it is complete. A stage that was interrupted goes on where its last saved state ended.
@@ -27,9 +28,9 @@ from ..cli import Parser
 from ..flux import find_device, load, whole_models
 from ..networks.autoencoder import Autoencoder
 from ..networks.tokenizers import CLIPTokenizer, T5Tokenizer
-from . import export, train_autoencoder, train_controlnet, train_flow, train_kontext, train_schnell, train_variant, vocabulary
+from . import export, train_autoencoder, train_controlnet, train_flow, train_kontext, train_schnell, train_style, train_variant, vocabulary
 
-SCENES = {"vocabulary": 20_000, "autoencoder": 6_000, "base": 36_000, "guidance": 36_000, "schnell": 4_000, "kontext": 6_000, "controlnet": 6_000} | dict.fromkeys(train_variant.VARIANTS, 6_000)
+SCENES = {"vocabulary": 20_000, "autoencoder": 6_000, "base": 36_000, "guidance": 36_000, "schnell": 4_000, "kontext": 6_000, "controlnet": 6_000, "style": 3_000} | dict.fromkeys(train_variant.VARIANTS, 6_000)
 
 
 def averaged(folder: Path) -> dict[str, Tensor]:
@@ -79,6 +80,8 @@ def train_variant_stage(work: Path, stage: str, steps: int | None, minutes: floa
     if stage == "controlnet":                              # no variant, but a network beside the model
         return train_controlnet.run(work / stage, flux, steps, minutes, scenes, lr=1e-3)
     student = load(base, device=device, dtype=torch.float32)
+    if stage == "style":                                   # nor is this: a LoRA that may be added or left
+        return train_style.run(work / stage, flux, student, steps, minutes, scenes, lr=2e-3)
     description: dict[str, object] = {"base": base}
     if stage == "schnell":
         train_schnell.run(work / stage, flux, student, steps, minutes, scenes, lr=1e-3)
@@ -94,7 +97,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = Parser(prog="python -m miniflux.tiny.train", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", choices=list(SCENES))
-    parser.add_argument("--base", default="tiny", choices=whole_models(), help="the model of which schnell, kontext, fill, canny and depth are variants, and which controlnet steers (default tiny)")
+    parser.add_argument("--base", default="tiny", choices=whole_models(), help="the model of which schnell, kontext, fill, canny and depth are variants, and for which controlnet and style are (default tiny)")
     parser.add_argument("--start", help="the model whose weights the stages autoencoder and base begin with (default: random ones)")
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--minutes", type=float, help="train for so long (default 15)")
@@ -114,7 +117,7 @@ def main(argv: list[str] | None = None) -> None:
             vocabulary.learn(args.work / "model", scenes)
         elif args.stage == "autoencoder":
             train_autoencoder_stage(args.work, args.steps, minutes, scenes, args.device, args.start)
-        elif args.stage in ("schnell", "kontext", "controlnet", *train_variant.VARIANTS):
+        elif args.stage in ("schnell", "kontext", "controlnet", "style", *train_variant.VARIANTS):
             train_variant_stage(args.work, args.stage, args.steps, minutes, scenes, args.device, args.base)
         else:
             train_painter_stage(args.work, args.stage, args.steps, minutes, scenes, args.device, args.start, args.compile)

@@ -23,14 +23,13 @@ from ..latents import encode
 from ..networks.attention import attention_backend
 from ..networks.controlnet import ControlNet, ControlNetConfig, assign
 from ..networks.mmdit import MMDiT, MMDiTConfig
-from ..prompt import encode_prompt
 from ..sampling import image_ids, patchify, text_ids
 from . import export
 from .pairs import depth_map, edges
-from .scenes import Scene, contact_sheet, render, sample_scene
+from .scenes import Scene, contact_sheet, render
 from .train_autoencoder import to_tensor
 from .train_flow import BATCH, SIDE, noisy
-from .train_variant import SHOWN, guidance_change, side_by_side
+from .train_variant import SHOWN, encode_variant, guidance_change, side_by_side
 from .training import train
 
 
@@ -66,27 +65,18 @@ def controlled(base: MMDiT, net: ControlNet, x: Tensor, control: Tensor, mode: i
     return base(x, *rest, assign(doubles, base.config.depth, repeat=False) + assign(singles, base.config.depth_single_blocks, repeat=False))
 
 
-@torch.no_grad()
-def encode_controls(flux: Flux, count: int, seed: int) -> tuple[list[Tensor], list[tuple[Scene, np.ndarray]]]:
-    """`count` scenes: their tokens, those of their control pictures, and encoded captions, in bfloat16; the first (scene, control)s."""
-    rng, columns, kept, kinds = random.Random(seed), [], [], list(KINDS.values())
-    flux.autoencoder.to(memory_format=torch.channels_last)
-    for begin in range(0, count, 64):
-        scenes = [sample_scene(rng) for _ in range(min(64, count - begin))]
-        pictures = [render(scene) for scene in scenes]
-        controls = [kinds[i % len(kinds)](*pair) for i, pair in enumerate(zip(scenes, pictures))]
-        prompt = encode_prompt(flux, [scene.caption for scene in scenes])
-        with torch.autocast(prompt.txt.device.type, torch.bfloat16):
-            z, c = (patchify(encode(flux, to_tensor(np.stack(images)))) for images in (pictures, controls))
-        columns.append([part.bfloat16().cpu() for part in (z, c, prompt.txt, prompt.vec)])
-        kept += list(zip(scenes, controls))[:64 - len(kept)]
-    return list(map(torch.cat, zip(*columns))), kept
+def control_picture(i: int, scene: Scene) -> np.ndarray:
+    return list(KINDS.values())[i % len(KINDS)](scene, render(scene))
+
+
+def control_inputs(flux: Flux, scenes: list[Scene], pictures: np.ndarray, rng: random.Random) -> Tensor:
+    return patchify(encode(flux, to_tensor(np.stack([control_picture(i, scene) for i, scene in enumerate(scenes)]))))
 
 
 def run(folder: Path, flux: Flux, steps: int | None, minutes: float | None, count: int, lr: float) -> None:
     """Train a net for the model `flux`, which stays as it is; writes it into the folder in the form of diffusers."""
     torch.manual_seed(0)
-    columns, shown = encode_controls(flux, count, seed=50)
+    *columns, shown = encode_variant(flux, control_inputs, count, seed=50)
     base, net = flux.mmdit.requires_grad_(False), beginning(flux.mmdit)
     device, modes = base.img_in.weight.device, [MODES[kind] for kind in KINDS]
     ids = image_ids(SIDE, SIDE, device=device), text_ids(columns[2].shape[1], device=device)
@@ -105,14 +95,12 @@ def run(folder: Path, flux: Flux, steps: int | None, minutes: float | None, coun
     def on_save(step: int, ema: dict[str, Tensor]) -> dict:
         averaged = beginning(base)
         averaged.load_state_dict(ema)
-        painted, captions = [None] * min(SHOWN, len(shown)), [scene.caption for scene, _ in shown]
-        for kind, mode in enumerate(modes):
-            own = list(range(kind, len(painted), len(modes)))
-            for i, picture in zip(own, generate(flux, [captions[i] for i in own], steps=16, progress=False, controlnet=(
-                    averaged, [shown[i][1] for i in own], 1.0, 0.0, 1.0, mode)) if own else ()):
-                painted[i] = picture
-        given, captions = side_by_side([control for _, control in shown], painted, captions)
-        save(contact_sheet([np.asarray(picture) for picture in given], captions), folder / "sheet.png", {"step": step})
+        captions = [scene.caption for scene in shown[:SHOWN]]
+        given = [control_picture(i, scene) for i, scene in enumerate(shown[:SHOWN])]
+        painted = [generate(flux, caption, steps=16, progress=False, controlnet=(averaged, control, 1.0, 0.0, 1.0, modes[i % len(modes)]))[0]
+                   for i, (caption, control) in enumerate(zip(captions, given))]
+        pictures, captions = side_by_side(given, painted, captions)
+        save(contact_sheet([np.asarray(picture) for picture in pictures], captions), folder / "sheet.png", {"step": step})
         export.write_controlnet(folder, averaged)
         return {"sheet": str(folder / "sheet.png")}
 

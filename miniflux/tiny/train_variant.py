@@ -58,17 +58,17 @@ VARIANTS: dict[str, tuple[Callable, float]] = {"fill": (fill_inputs, FILL_GUIDAN
 class LowRank(nn.Module):
     """A change of a weight: W -> W + B A."""
 
-    def __init__(self, weight: Tensor):
+    def __init__(self, weight: Tensor, rank: int):
         super().__init__()
         rows, columns = weight.shape
-        self.A = nn.Parameter(torch.randn(RANK, columns) / columns ** 0.5)
-        self.B = nn.Parameter(torch.zeros(rows, RANK))
+        self.A = nn.Parameter(torch.randn(rank, columns) / columns ** 0.5)
+        self.B = nn.Parameter(torch.zeros(rows, rank))
 
     def forward(self, weight: Tensor) -> Tensor:
         return weight + self.B @ self.A
 
 
-def with_factors(mmdit: MMDiT, further: int) -> dict[str, LowRank]:
+def with_factors(mmdit: MMDiT, further: int, rank: int = RANK) -> dict[str, LowRank]:
     """Gives each linear layer of the network a change to learn, and the first one further input channels; layer -> its change."""
     mmdit.requires_grad_(False)
     mmdit.img_in.weight = nn.Parameter(F.pad(mmdit.img_in.weight, (0, further)), requires_grad=False)
@@ -76,7 +76,7 @@ def with_factors(mmdit: MMDiT, further: int) -> dict[str, LowRank]:
     changes = {}
     for name, layer in list(mmdit.named_modules()):
         if isinstance(layer, nn.Linear):
-            changes[name] = LowRank(layer.weight)
+            changes[name] = LowRank(layer.weight, rank)
             register_parametrization(layer, "weight", changes[name])
     return changes
 
@@ -103,8 +103,17 @@ def guidance_change(base: MMDiT, x: Tensor, txt: Tensor, vec: Tensor, t: Tensor,
     return base(x, txt, vec, t, w, *ids) - base(x, txt, vec, t, torch.ones_like(w), *ids)
 
 
+def write_lora(path: Path, changes: dict[str, LowRank], weights: dict[str, Tensor]) -> None:
+    """The learnt factors under the names of BFL's Control LoRAs, in bfloat16."""
+    factors = {f"{name}.lora_{kind}.weight": weights[f"{name}.parametrizations.weight.0.{kind}"] for name in changes for kind in "AB"}
+    partial = path.with_suffix(".part")
+    save_file({name: tensor.bfloat16().contiguous() for name, tensor in factors.items()}, partial)
+    partial.replace(path)
+
+
 def train_lora(folder: Path, student: Flux, changes: dict[str, LowRank], loss: Callable[[torch.Generator], Tensor],
-               show: Callable[[], tuple[list, list[str]]], *, steps: int | None, minutes: float | None, lr: float, seed: int) -> None:
+               show: Callable[[], tuple[list, list[str]]], *, steps: int | None, minutes: float | None, lr: float, seed: int,
+               write: Callable[[Path, dict[str, LowRank], dict[str, Tensor]], None] = write_lora) -> None:
     """Learn the changes of the student's layers. Into the folder: the LoRA, and a sheet of what `show()` paints with it: (pictures,
     captions). Both are of the averaged weights."""
     mmdit = student.mmdit
@@ -115,7 +124,7 @@ def train_lora(folder: Path, student: Flux, changes: dict[str, LowRank], loss: C
         pictures, captions = show()
         mmdit.load_state_dict(now)
         save(contact_sheet([np.asarray(picture) for picture in pictures], captions), folder / "sheet.png", {"step": step})
-        write_lora(folder / "lora.safetensors", changes, ema)
+        write(folder / "lora.safetensors", changes, ema)
         return {"sheet": str(folder / "sheet.png")}
 
     train(mmdit, loss, folder, lr=lr, steps=steps, minutes=minutes, seed=seed, on_save=on_save)
@@ -159,11 +168,3 @@ def run(folder: Path, variant: str, base: Flux, student: Flux, steps: int | None
 
     student.mmdit.config = type(mmdit.config)(**{**mmdit.config.__dict__, "in_channels": z.shape[-1] + beside.shape[-1]})
     train_lora(folder, student, changes, loss, show, steps=steps, minutes=minutes, lr=lr, seed=3)
-
-
-def write_lora(path: Path, changes: dict[str, LowRank], weights: dict[str, Tensor]) -> None:
-    """The learnt factors under the names of BFL's Control LoRAs, in bfloat16."""
-    factors = {f"{name}.lora_{kind}.weight": weights[f"{name}.parametrizations.weight.0.{kind}"] for name in changes for kind in "AB"}
-    partial = path.with_suffix(".part")
-    save_file({name: tensor.bfloat16().contiguous() for name, tensor in factors.items()}, partial)
-    partial.replace(path)
