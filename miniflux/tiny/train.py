@@ -9,9 +9,11 @@
     python -m miniflux.tiny.train fill --minutes 12              canny, depth likewise
     python -m miniflux.tiny.train controlnet --minutes 20
     python -m miniflux.tiny.train style --minutes 8
+    python -m miniflux.tiny.train redux --minutes 30
 
 Everything lies below `--work`: each stage's state, log and sample sheet in its own folder, and in `model/` the model so
 far, which `miniflux.load` opens once it is complete. A stage that was interrupted goes on where its last saved state ended.
+`torchrun --nproc-per-node N -m miniflux.tiny.train ...` trains with N processes, each on a GPU of its own where there are any.
 The emoji font must be installed (see `scenes.py`), and `pip install "miniflux-torch[train]"`.
 """
 
@@ -25,12 +27,13 @@ from torch import Tensor
 
 from ..checkpoints.layouts import load_autoencoder
 from ..cli import Parser
+from ..engine import distributed
 from ..flux import find_device, load, whole_models
 from ..networks.autoencoder import Autoencoder
 from ..networks.tokenizers import CLIPTokenizer, T5Tokenizer
-from . import export, train_autoencoder, train_controlnet, train_flow, train_kontext, train_schnell, train_style, train_variant, vocabulary
+from . import export, train_autoencoder, train_controlnet, train_flow, train_kontext, train_redux, train_schnell, train_style, train_variant, vocabulary
 
-SCENES = {"vocabulary": 20_000, "autoencoder": 6_000, "base": 36_000, "guidance": 36_000, "schnell": 4_000, "kontext": 6_000, "controlnet": 6_000, "style": 3_000} | dict.fromkeys(train_variant.VARIANTS, 6_000)
+SCENES = {"vocabulary": 20_000, "autoencoder": 6_000, "base": 36_000, "guidance": 36_000, "schnell": 4_000, "kontext": 6_000, "controlnet": 6_000, "style": 3_000, "redux": 6_000} | dict.fromkeys(train_variant.VARIANTS, 6_000)
 
 
 def averaged(folder: Path) -> dict[str, Tensor]:
@@ -88,6 +91,8 @@ def train_variant_stage(work: Path, stage: str, steps: int | None, minutes: floa
         description["guidance"] = train_schnell.GUIDANCE
     elif stage == "kontext":
         train_kontext.run(work / stage, flux, student, steps, minutes, scenes, lr=2e-3)
+    elif stage == "redux":                                 # the model stays as it is, and learns to read pictures
+        train_redux.run(work / stage, flux, steps, minutes, scenes, lr=1e-3)
     else:
         train_variant.run(work / stage, stage, flux, student, steps, minutes, scenes, lr=2e-3)
     vocabulary.write_json(work / stage / "variant.json", description)        # `load` opens the stage's folder
@@ -97,7 +102,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = Parser(prog="python -m miniflux.tiny.train", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", choices=list(SCENES))
-    parser.add_argument("--base", default="tiny", choices=whole_models(), help="the model of which schnell, kontext, fill, canny and depth are variants, and for which controlnet and style are (default tiny)")
+    parser.add_argument("--base", default="tiny", choices=whole_models(), help="the model of which schnell, kontext, redux, fill, canny and depth are variants, and for which controlnet and style are (default tiny)")
     parser.add_argument("--start", help="the model whose weights the stages autoencoder and base begin with (default: random ones)")
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--minutes", type=float, help="train for so long (default 15)")
@@ -112,15 +117,18 @@ def main(argv: list[str] | None = None) -> None:
     scenes = args.scenes or SCENES[args.stage]
     if args.start and args.stage not in ("autoencoder", "base"):
         parser.error(f"the stage {args.stage} begins with what the stage before it left: --start is for autoencoder and base")
+    device = args.device
     try:
+        if distributed.several():
+            device = distributed.start(device.type)
         if args.stage == "vocabulary":
             vocabulary.learn(args.work / "model", scenes)
         elif args.stage == "autoencoder":
-            train_autoencoder_stage(args.work, args.steps, minutes, scenes, args.device, args.start)
-        elif args.stage in ("schnell", "kontext", "controlnet", "style", *train_variant.VARIANTS):
-            train_variant_stage(args.work, args.stage, args.steps, minutes, scenes, args.device, args.base)
+            train_autoencoder_stage(args.work, args.steps, minutes, scenes, device, args.start)
+        elif args.stage in ("schnell", "kontext", "controlnet", "style", "redux", *train_variant.VARIANTS):
+            train_variant_stage(args.work, args.stage, args.steps, minutes, scenes, device, args.base)
         else:
-            train_painter_stage(args.work, args.stage, args.steps, minutes, scenes, args.device, args.start, args.compile)
+            train_painter_stage(args.work, args.stage, args.steps, minutes, scenes, device, args.start, args.compile)
     except (OSError, ValueError, ImportError) as error:
         parser.error(str(error))
 

@@ -4,6 +4,9 @@
 
 Each step draws its random numbers from a generator seeded with (seed, step), so a run that was killed and resumed goes
 exactly the way it would have gone. The length of a run is given in steps, or in minutes of wall-clock time.
+
+Started by torchrun as one of N processes, it draws other numbers than the others, and all of them take the mean of their gradients:
+the batch is N times as large. The first process keeps the time, writes, and goes on when the others are done.
 """
 
 import json
@@ -14,9 +17,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from ..engine.distributed import leads, several
 
 
 def make_optimizers(net: nn.Module, lr: float, weight_decay: float = 0.01) -> list[torch.optim.Optimizer]:
@@ -37,6 +43,21 @@ def make_optimizers(net: nn.Module, lr: float, weight_decay: float = 0.01) -> li
 def learning_rate_factor(progress: float, step: int, warmup: int = 100, decay_from: float = 0.5) -> float:
     """Rises for `warmup` steps, stays, and falls linearly to zero after `decay_from` of the run; progress in [0, 1]."""
     return min((step + 1) / warmup, 1.0) * min((1 - progress) / (1 - decay_from), 1.0)
+
+
+def average(tensors: list[Tensor], processes: int) -> None:
+    """Makes of each tensor the mean over all processes, in place."""
+    together = torch.cat([tensor.flatten() for tensor in tensors])
+    dist.all_reduce(together)
+    for tensor, mean in zip(tensors, together.div_(processes).split([tensor.numel() for tensor in tensors])):
+        tensor.copy_(mean.view_as(tensor))
+
+
+def clock(seconds: float, device: torch.device) -> float:
+    """The first process's time, for all: they must agree on the learning rate, and on when to stop."""
+    first = torch.tensor(seconds, dtype=torch.float64, device=device)
+    dist.broadcast(first, 0)
+    return float(first)
 
 
 def save_state(path: Path, net: nn.Module, ema: dict[str, Tensor], optimizers: list, step: int, seconds: float) -> None:
@@ -78,40 +99,52 @@ def train(net: nn.Module, loss_of: Callable[[torch.Generator], Tensor], folder: 
     folder.mkdir(parents=True, exist_ok=True)
     state, log = folder / "state.safetensors", folder / "log.jsonl"
     optimizers = make_optimizers(net, lr)
+    learnt = [p for p in net.parameters() if p.requires_grad]
+    rank, processes = (dist.get_rank(), dist.get_world_size()) if several() else (0, 1)
     ema = {k: v.detach().clone() for k, v in net.state_dict().items()}
     step, seconds = load_state(state, net, ema, optimizers) if state.exists() else (0, 0.0)
     began, losses = time.monotonic() - seconds, []
+
+    def keep(seconds: float) -> None:
+        save_state(state, net, ema, optimizers, step, seconds)
+        if on_save:
+            write_log(log, step=step, **on_save(step, ema))
+
     while True:
         seconds = time.monotonic() - began
+        if processes > 1:
+            seconds = clock(seconds, learnt[0].device)
         progress = step / steps if steps else seconds / (60 * minutes)
         if progress >= 1:
             break
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+        generator = torch.Generator().manual_seed((seed * 1_000_003 + step) * processes + rank)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = lr * learning_rate_factor(progress, step)
             optimizer.zero_grad(set_to_none=True)
         loss = loss_of(generator)
         loss.backward()
+        loss = loss.detach()
+        if processes > 1:
+            average([loss, *(p.grad for p in learnt if p.grad is not None)], processes)
         nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
         step += 1
         decay = min(ema_decay, step / (step + 10))
         torch._foreach_lerp_(list(ema.values()), [v.detach() for v in net.state_dict().values()], 1 - decay)
-        losses.append(loss.detach())
+        losses.append(loss)
         if step % log_every == 0:
-            write_log(log, step=step, seconds=round(seconds, 1), loss=float(torch.stack(losses).mean()))
+            if leads():
+                write_log(log, step=step, seconds=round(seconds, 1), loss=float(torch.stack(losses).mean()))
             if not math.isfinite(losses[-1]):
                 raise ValueError(f"the loss became {float(losses[-1])} at step {step}: lower the learning rate")
             losses.clear()
-        if step % save_every == 0:
-            save_state(state, net, ema, optimizers, step, time.monotonic() - began)
-            if on_save:
-                write_log(log, step=step, **on_save(step, ema))
-    save_state(state, net, ema, optimizers, step, seconds)
-    if on_save:
-        write_log(log, step=step, **on_save(step, ema))
+        if step % save_every == 0 and leads():
+            keep(time.monotonic() - began)
+    if not leads():
+        raise SystemExit                                     # what is left is the first process's
+    keep(seconds)
     return ema
 
 
