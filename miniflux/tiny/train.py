@@ -31,14 +31,32 @@ from ..engine import distributed
 from ..flux import find_device, load, whole_models
 from ..networks.autoencoder import Autoencoder
 from ..networks.tokenizers import CLIPTokenizer, T5Tokenizer
-from . import export, train_autoencoder, train_controlnet, train_flow, train_kontext, train_redux, train_schnell, train_style, train_variant, vocabulary
+from . import (
+    export,
+    train_autoencoder,
+    train_controlnet,
+    train_flow,
+    train_kontext,
+    train_redux,
+    train_schnell,
+    train_style,
+    train_variant,
+    vocabulary,
+)
 
-SCENES = {"vocabulary": 20_000, "autoencoder": 6_000, "base": 36_000, "guidance": 36_000, "schnell": 4_000, "kontext": 6_000, "controlnet": 6_000, "style": 3_000, "redux": 6_000} | dict.fromkeys(train_variant.VARIANTS, 6_000)
+SCENES = {"vocabulary": 20_000, "autoencoder": 6_000, "base": 36_000, "guidance": 36_000, "schnell": 4_000, "kontext": 6_000, "style": 3_000,
+          "controlnet": 6_000, "redux": 6_000} | dict.fromkeys(train_variant.VARIANTS, 6_000)
 
 
 def averaged(folder: Path) -> dict[str, Tensor]:
     """The averaged weights of a stage's last state."""
     return {k.removeprefix("ema."): v for k, v in load_file(folder / "state.safetensors").items() if k.startswith("ema.")}
+
+
+def go_on_alone() -> None:
+    """Ends all processes but the first: what is left is to write."""
+    if not distributed.leads():
+        raise SystemExit
 
 
 def parts(model: Path, device: torch.device) -> tuple[Autoencoder, CLIPTokenizer, T5Tokenizer]:
@@ -56,6 +74,7 @@ def train_autoencoder_stage(work: Path, steps: int | None, minutes: float | None
     if known and replace(known.config, scale_factor=1.0, shift_factor=0.0) != train_autoencoder.CONFIG:
         raise ValueError(f"the model {start} has another autoencoder than the one that is trained: start with tiny, or a folder of this command's")
     scale, shift = train_autoencoder.run(work / "autoencoder", steps, minutes, device, scenes, known and known.state_dict())
+    go_on_alone()
     if known:
         scale, shift = known.config.scale_factor, known.config.shift_factor
     network = Autoencoder(replace(train_autoencoder.CONFIG, scale_factor=scale, shift_factor=shift))
@@ -70,6 +89,7 @@ def train_painter_stage(work: Path, stage: str, steps: int | None, minutes: floa
     teacher, lr = (averaged(work / "base"), 1e-3) if stage == "guidance" else (None, 2e-3)
     known = load(start, device=device, dtype=torch.float32) if start else None
     train_flow.run(work / stage, parts(work / "model", device), steps, minutes, device, teacher, scenes, lr, known, compiled)
+    go_on_alone()
     painter = train_flow.Painter()
     painter.load_state_dict(averaged(work / stage))
     export.write_mmdit(work / "model", painter.mmdit)
@@ -95,6 +115,7 @@ def train_variant_stage(work: Path, stage: str, steps: int | None, minutes: floa
         train_redux.run(work / stage, flux, steps, minutes, scenes, lr=1e-3)
     else:
         train_variant.run(work / stage, stage, flux, student, steps, minutes, scenes, lr=2e-3)
+    go_on_alone()
     vocabulary.write_json(work / stage / "variant.json", description)        # `load` opens the stage's folder
 
 

@@ -6,7 +6,7 @@ Each step draws its random numbers from a generator seeded with (seed, step), so
 exactly the way it would have gone. The length of a run is given in steps, or in minutes of wall-clock time.
 
 Started by torchrun as one of N processes, it draws other numbers than the others, and all of them take the mean of their gradients:
-the batch is N times as large. The first process keeps the time, writes, and goes on when the others are done.
+the batch is N times as large. The first process keeps the time, and it alone writes.
 """
 
 import json
@@ -142,9 +142,8 @@ def train(net: nn.Module, loss_of: Callable[[torch.Generator], Tensor], folder: 
             losses.clear()
         if step % save_every == 0 and leads():
             keep(time.monotonic() - began)
-    if not leads():
-        raise SystemExit                                     # what is left is the first process's
-    keep(seconds)
+    if leads():
+        keep(seconds)
     return ema
 
 
