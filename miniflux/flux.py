@@ -31,7 +31,7 @@ PARTS = {
 }
 # Where the text encoders come from when a folder in the original layout brings none.
 TEXT_ENCODERS = {"": "openai/clip-vit-large-patch14", "_2": "google/t5-v1_1-xxl"}
-VARIANT = "variant.json"                                    # of a folder that holds a LoRA which turns a shipped model into another
+VARIANT = "variant.json"                                    # of a folder with what turns a shipped model into another: a LoRA, or Redux
 IMAGE_ENCODER = "google/siglip-so400m-patch14-384"         # and Redux's, where its folder brings none
 
 
@@ -157,15 +157,16 @@ def assemble(source: str | Path, device: torch.device, dtype: torch.dtype | None
 
 
 def assemble_variant(folder: Path, device: torch.device, dtype: torch.dtype | None, transformer: str | Path | None) -> Flux:
-    """A shipped model with the LoRA of this folder merged into it for good; it may widen the first layer, or, where `variant.json`
-    says with which guidance it was made to need few steps, take the guidance embedding away."""
+    """A shipped model with Redux, where this folder holds that; else with the folder's LoRA merged into it for good: it may widen the
+    first layer, or, where `variant.json` says with which guidance it was made to need few steps, take the guidance embedding away."""
     from .adapters.lora import merged_for_good
 
     described = read_json(folder / VARIANT)
     base, guidance = described.get("base"), described.get("guidance")
     if base not in whole_models():
         raise ValueError(f"{folder / VARIANT} names the base {base!r:.60}: expected a shipped model such as tiny")
-    flux = merged_for_good(assemble(base, device, dtype, transformer), folder / "lora.safetensors")
+    flux = assemble(base, device, dtype, transformer)
+    flux = add_redux(flux, folder) if find_part(folder, "image_embedder") else merged_for_good(flux, folder / "lora.safetensors")
     config = replace(flux.config, name=folder.name)
     if guidance is None:
         return replace(flux, config=config)

@@ -15,6 +15,7 @@ from ..networks.autoencoder import Autoencoder, AutoencoderConfig
 from ..networks.clip import CLIPConfig, CLIPText
 from ..networks.controlnet import ControlNet
 from ..networks.mmdit import MMDiT, MMDiTConfig
+from ..networks.siglip import ReduxConfig, ReduxEmbedder, SigLIP, SigLIPConfig
 from ..networks.t5 import T5, T5Config
 from .vocabulary import write_json
 
@@ -57,6 +58,18 @@ def t5_json(c: T5Config) -> dict:
             "pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0, "tie_word_embeddings": False}
 
 
+def siglip_json(c: SigLIPConfig) -> dict:
+    # Note: no head: it would pool the tokens, which Redux takes as they are.
+    return {"architectures": ["SiglipVisionModel"], "model_type": "siglip_vision_model", "hidden_act": c.hidden_act,
+            "hidden_size": c.hidden_size, "intermediate_size": c.intermediate_size, "num_hidden_layers": c.num_hidden_layers,
+            "num_attention_heads": c.num_attention_heads, "num_channels": 3, "image_size": c.image_size, "patch_size": c.patch_size,
+            "layer_norm_eps": c.layer_norm_eps, "attention_dropout": 0.0, "vision_use_head": False}
+
+
+def redux_json(c: ReduxConfig) -> dict:
+    return {"_class_name": "ReduxImageEncoder", "redux_dim": c.redux_dim, "txt_in_features": c.txt_in_features}
+
+
 def write_part(folder: Path, config: dict, stem: str, state: dict[str, Tensor]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", config)
@@ -97,3 +110,9 @@ def write_text_encoders(folder: Path, clip: CLIPText, t5: T5) -> None:
     """`text_encoder/` and `text_encoder_2/`."""
     write_part(folder / "text_encoder", clip_json(clip.config), "model", clip.state_dict())
     write_part(folder / "text_encoder_2", t5_json(t5.config), "model", t5.state_dict())
+
+
+def write_redux(folder: Path, siglip: SigLIP, redux: ReduxEmbedder) -> None:
+    """`image_encoder/` and `image_embedder/`."""
+    write_part(folder / "image_encoder", siglip_json(siglip.config), "model", siglip.state_dict())
+    write_part(folder / "image_embedder", redux_json(redux.config), "diffusion_pytorch_model", redux.state_dict())
