@@ -144,6 +144,8 @@ def train(net: nn.Module, loss_of: Callable[[torch.Generator], Tensor], folder: 
             keep(time.monotonic() - began)
     if leads():
         keep(seconds)
+    if processes > 1:
+        dist.barrier()                                       # none leaves before all have arrived
     return ema
 
 
