@@ -1,4 +1,4 @@
-"""Measures what a variant adds: does it fill the hole, follow the edges, keep to the depths, do as it is told? Held-out combinations only.
+"""Measures what a variant adds: does it fill the hole, follow the edges, keep to the depths, do as it is told, vary? Held-out combinations only.
 
     python -m miniflux.tiny.evaluate_variant fill --model tiny-training/fill
 
@@ -7,6 +7,7 @@
     depth     the part that differs from the ground is the part that was given as near: intersection over union
     kontext   where the edit changes the picture, the result is twice as near to the scene after as to the one before;
               elsewhere, the peak signal-to-noise ratio to the scene before
+    redux     the judge sees in the result the object, the colour and the ground of the picture that was read
 
 Each figure stands beside that of the true scene after the autoencoder, which no variant can exceed.
 """
@@ -23,8 +24,9 @@ from ..fill import fill
 from ..flux import Flux, load
 from ..images import check_number, check_output, save
 from ..kontext_edit import kontext_edit
+from ..redux import redux
 from .edits import EDITS, sample_edit
-from .evaluate import round_trip
+from .evaluate import rates, round_trip
 from .grounds import SIDE, paint_ground
 from .judge import judge
 from .pairs import depth_map, edges
@@ -102,6 +104,18 @@ def measure_edits(flux: Flux, count: int, seed: int = 0, steps: int = 28) -> tup
     return figures, pictures
 
 
+def measure_variations(flux: Flux, count: int, seed: int = 0, steps: int = 28) -> tuple[dict[str, float], np.ndarray]:
+    """The same for a model that reads pictures; every second object has another colour than by itself, and is asked for that."""
+    scenes = [sample_scene(random.Random(seed + i), kind="single", coloured=i % 2 == 1, held_out=True) for i in range(count)]
+    true = np.stack([render(scene) for scene in scenes])
+    pictures = np.stack([np.asarray(redux(flux, picture, seed=seed + i, steps=steps, progress=False)[0]) for i, picture in enumerate(true)])
+    figures = {}
+    for suffix, results in (("", pictures), (", at best", round_trip(flux, true))):
+        seen = rates(judge(results), scenes)
+        figures |= {f"{what} right{suffix}": getattr(seen, what) for what in ("object", "colour", "ground")}
+    return figures, pictures
+
+
 def follows(result: np.ndarray, before: np.ndarray, after: np.ndarray) -> tuple[bool, float]:
     """Whether a picture (128, 128, 3) shows the edit, and how well it keeps what the edit leaves: in dB, NaN if it leaves nothing."""
     changed, result = (before != after).any(-1), np.float32(result)
@@ -112,7 +126,7 @@ def follows(result: np.ndarray, before: np.ndarray, after: np.ndarray) -> tuple[
 
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(prog="python -m miniflux.tiny.evaluate_variant", description="Measure a variant on held-out combinations.")
-    parser.add_argument("variant", choices=[*VARIANTS, "kontext"], help="what the model is made for")
+    parser.add_argument("variant", choices=[*VARIANTS, "kontext", "redux"], help="what the model is made for")
     parser.add_argument("--model", required=True, help="a shipped name or a folder (required)")
     parser.add_argument("--pictures", type=int, default=50, help="how many to paint (default 50)")
     parser.add_argument("--output", default="evaluation.png", help="the contact sheet to write (default evaluation.png)")
@@ -121,8 +135,10 @@ def main(argv: list[str] | None = None) -> None:
         output = check_output(args.output)
         check_number("--pictures", args.pictures, 1, 100_000, whole=True)
         flux = load(args.model)
-        figures, pictures = (measure_edits(flux, args.pictures) if args.variant == "kontext"
-                             else measure(flux, args.variant, args.pictures))
+        if args.variant in VARIANTS:
+            figures, pictures = measure(flux, args.variant, args.pictures)
+        else:
+            figures, pictures = (measure_edits if args.variant == "kontext" else measure_variations)(flux, args.pictures)
         save(contact_sheet(list(pictures[:32]), [""] * 32), output, {"model": args.model})
     except (ValueError, OSError, torch.OutOfMemoryError) as error:
         parser.error(str(error))

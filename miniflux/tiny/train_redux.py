@@ -91,7 +91,7 @@ def pairs(flux: Flux, rng: random.Random, count: int, held_out: bool = False) ->
     return to_tensor(np.stack([render(scene) for scene in scenes])).to(vec.device), vec.clone()        # a clone may be learnt from
 
 
-def train_siglip(folder: Path, base: Flux, lr: float, **length: float | None) -> dict[str, Tensor]:
+def train_siglip(folder: Path, base: Flux, steps: int | None, minutes: float | None, lr: float) -> dict[str, Tensor]:
     """Learn which caption belongs to which picture; the averaged weights of SigLIP. The log says for how many of 64 held-out pictures
     the caption that is most alike is their own."""
     torch.manual_seed(0)
@@ -110,19 +110,21 @@ def train_siglip(folder: Path, base: Flux, lr: float, **length: float | None) ->
         found = averaged(*unseen).argmax(1).cpu()
         return {"own caption found": float((found == torch.arange(len(found))).float().mean())}
 
-    weights = train(net, loss, folder, lr=lr, seed=8, on_save=on_save, **length)
+    weights = train(net, loss, folder, lr=lr, steps=steps, minutes=minutes, seed=8, on_save=on_save)
     return {name.removeprefix("siglip."): value for name, value in weights.items() if name.startswith("siglip.")}
 
 
-def train_embedder(folder: Path, base: Flux, siglip: dict[str, Tensor], count: int, lr: float, **length: float | None) -> None:
-    """Learn to say with the tokens of `count` pictures what the base model is to paint; writes what `load` opens into the folder above."""
+def train_embedder(folder: Path, base: Flux, siglip: dict[str, Tensor], steps: int | None, minutes: float | None, count: int,
+                   lr: float) -> None:
+    """Learn to say with the tokens of `count` pictures what the base model is to paint; SigLIP goes on learning with the embedder. Writes
+    both into the folder above, as `add_redux` takes them."""
     torch.manual_seed(0)
     *columns, shown = encode_variant(base, read_pictures, count, seed=70)        # z, pictures to read, encoded captions
     mmdit, nothing = base.mmdit.requires_grad_(False), encode_prompt(base, "")
     device, width = mmdit.img_in.weight.device, mmdit.config.context_in_dim
     txt, vec = nothing.txt.clone().expand(BATCH, -1, -1), nothing.vec.clone().expand(BATCH, -1)
-    ids, length_of_text = image_ids(SIDE, SIDE, device=device), txt.shape[1]
-    short, long = (text_ids(n, device=device) for n in (length_of_text, length_of_text + SIGLIP.num_patches))
+    ids = image_ids(SIDE, SIDE, device=device)
+    short, long = (text_ids(txt.shape[1] + more, device=device) for more in (0, SIGLIP.num_patches))
     reader = Reader(width).to(device)
     reader.siglip.load_state_dict(siglip)
 
@@ -146,12 +148,13 @@ def train_embedder(folder: Path, base: Flux, siglip: dict[str, Tensor], count: i
         export.write_redux(folder.parent, averaged.siglip, averaged.redux)
         return {"sheet": str(folder.parent / "sheet.png")}
 
-    train(reader, loss, folder, lr=lr, seed=9, on_save=on_save, **length)
+    train(reader, loss, folder, lr=lr, steps=steps, minutes=minutes, seed=9, on_save=on_save)
 
 
 def run(folder: Path, base: Flux, steps: int | None, minutes: float | None, scenes: int, lr: float) -> None:
     """Train SigLIP and Redux's embedder for the model `base`, which stays as it is; writes both into the folder.
 
     Each has its own state in a folder below: a run that was killed goes on in the one that it was killed in."""
-    first, then = (dict(steps=steps and max(1, round(share * steps)), minutes=minutes and share * minutes) for share in (FIRST, 1 - FIRST))
-    train_embedder(folder / "embedder", base, train_siglip(folder / "siglip", base, lr, **first), scenes, lr, **then)
+    first, then = ((steps and max(1, round(share * steps)), minutes and share * minutes) for share in (FIRST, 1 - FIRST))
+    siglip = train_siglip(folder / "siglip", base, *first, lr)
+    train_embedder(folder / "embedder", base, siglip, *then, scenes, lr)
