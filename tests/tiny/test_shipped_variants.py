@@ -21,9 +21,9 @@ def flux():
 
 
 def test_it_follows_the_edges(flux):
-    """Measured over 50 pictures: 0.72, and 0.56 without the edges (tiny/weights/README.md)."""
+    """Of these eight 0.63, and 0.58 without the edges; of 50 pictures 0.61 and 0.54 (tiny/weights/README.md)."""
     figures, _ = measure(flux, "canny", 8)
-    assert figures["edge F1"] > 0.62
+    assert figures["edge F1"] > 0.6
 
 
 def test_diffusers_paints_the_same_picture_with_the_merged_weights(flux, tmp_path):
