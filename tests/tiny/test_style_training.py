@@ -21,7 +21,7 @@ def test_neon_draws_edges_in_their_colour_and_leaves_the_rest_dark():
 def test_the_style_is_a_lora_that_diffusers_adds_alike(tmp_path, monkeypatch):
     monkeypatch.setattr(train_style, "BATCH", 4)
     with torch.enable_grad():
-        train.main(["style", "--steps", "3", "--scenes", "8", "--work", str(tmp_path), "--device", "cpu"])
+        train.main(["style", "--steps", "10", "--scenes", "8", "--work", str(tmp_path), "--device", "cpu"])
     file = tmp_path / "style" / "lora.safetensors"
     plain = load("tiny", device="cpu")
     ours = add_lora(plain, file)
