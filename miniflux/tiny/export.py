@@ -10,9 +10,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..adapters.ip_adapter import IPAdapter
 from ..checkpoints.names import autoencoder_to_diffusers, mmdit_to_diffusers
 from ..networks.autoencoder import Autoencoder, AutoencoderConfig
-from ..networks.clip import CLIPConfig, CLIPText
+from ..networks.clip import CLIPConfig, CLIPText, CLIPVision, CLIPVisionConfig
 from ..networks.controlnet import ControlNet
 from ..networks.mmdit import MMDiT, MMDiTConfig
 from ..networks.siglip import ReduxConfig, ReduxEmbedder, SigLIP, SigLIPConfig
@@ -66,6 +67,13 @@ def siglip_json(c: SigLIPConfig) -> dict:
             "layer_norm_eps": c.layer_norm_eps, "attention_dropout": 0.0, "vision_use_head": False}
 
 
+def clip_vision_json(c: CLIPVisionConfig) -> dict:
+    return {"architectures": ["CLIPVisionModelWithProjection"], "model_type": "clip_vision_model", "hidden_act": c.hidden_act,
+            "hidden_size": c.hidden_size, "intermediate_size": c.intermediate_size, "num_hidden_layers": c.num_hidden_layers,
+            "num_attention_heads": c.num_attention_heads, "num_channels": 3, "image_size": c.image_size, "patch_size": c.patch_size,
+            "projection_dim": c.projection_dim, "layer_norm_eps": c.layer_norm_eps, "attention_dropout": 0.0}
+
+
 def redux_json(c: ReduxConfig) -> dict:
     return {"_class_name": "ReduxImageEncoder", "redux_dim": c.redux_dim, "txt_in_features": c.txt_in_features}
 
@@ -73,9 +81,13 @@ def redux_json(c: ReduxConfig) -> dict:
 def write_part(folder: Path, config: dict, stem: str, state: dict[str, Tensor]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", config)
-    partial = folder / f"{stem}.part"
+    write_tensors(folder / f"{stem}.safetensors", state)
+
+
+def write_tensors(path: Path, state: dict[str, Tensor]) -> None:
+    partial = path.with_suffix(".part")
     save_file({k: v.detach().to("cpu", torch.bfloat16).contiguous() for k, v in state.items()}, partial, {"format": "pt"})
-    os.replace(partial, folder / f"{stem}.safetensors")
+    os.replace(partial, path)
 
 
 def write_autoencoder(folder: Path, network: Autoencoder, sample_size: int = 128) -> None:
@@ -116,3 +128,13 @@ def write_redux(folder: Path, siglip: SigLIP, redux: ReduxEmbedder) -> None:
     """`image_encoder/` and `image_embedder/`."""
     write_part(folder / "image_encoder", siglip_json(siglip.config), "model", siglip.state_dict())
     write_part(folder / "image_embedder", redux_json(redux.config), "diffusion_pytorch_model", redux.state_dict())
+
+
+def write_ip_adapter(folder: Path, clip: CLIPVision, adapter: IPAdapter) -> None:
+    """`image_encoder/`, and beside it `ip_adapter.safetensors` with XLabs' names."""
+    write_part(folder / "image_encoder", clip_vision_json(clip.config), "model", clip.state_dict())
+    state = {f"ip_adapter_proj_model.{name}": value for name, value in adapter.projection.state_dict().items()}
+    for name, value in adapter.double_blocks.state_dict().items():               # 0.k_proj.weight
+        block, layer, kind = name.split(".")
+        state[f"double_blocks.{block}.processor.ip_adapter_double_stream_{layer}.{kind}"] = value
+    write_tensors(folder / "ip_adapter.safetensors", state)

@@ -9,7 +9,7 @@
     python -m miniflux.tiny.train fill --minutes 12              canny, depth likewise
     python -m miniflux.tiny.train controlnet --minutes 20
     python -m miniflux.tiny.train style --minutes 8
-    python -m miniflux.tiny.train redux --minutes 30
+    python -m miniflux.tiny.train redux --minutes 30             ip-adapter likewise
 
 Everything lies below `--work`: each stage's state, log and sample sheet in its own folder, and in `model/` the model so
 far, which `miniflux.load` opens once it is complete. A stage that was interrupted goes on where its last saved state ended.
@@ -36,6 +36,7 @@ from . import (
     train_autoencoder,
     train_controlnet,
     train_flow,
+    train_ip_adapter,
     train_kontext,
     train_redux,
     train_schnell,
@@ -45,7 +46,7 @@ from . import (
 )
 
 SCENES = {"vocabulary": 20_000, "autoencoder": 6_000, "base": 36_000, "guidance": 36_000, "schnell": 4_000, "kontext": 6_000, "style": 3_000,
-          "controlnet": 6_000, "redux": 6_000} | dict.fromkeys(train_variant.VARIANTS, 6_000)
+          "controlnet": 6_000, "redux": 6_000, "ip-adapter": 6_000} | dict.fromkeys(train_variant.VARIANTS, 6_000)
 
 
 def averaged(folder: Path) -> dict[str, Tensor]:
@@ -102,6 +103,8 @@ def train_variant_stage(work: Path, stage: str, steps: int | None, minutes: floa
     flux = load(base, device=device, dtype=torch.float32)
     if stage == "controlnet":                              # no variant, but a network beside the model
         return train_controlnet.run(work / stage, flux, steps, minutes, scenes, lr=1e-3)
+    if stage == "ip-adapter":
+        return train_ip_adapter.run(work / stage, flux, steps, minutes, scenes, lr=1e-3)
     student = load(base, device=device, dtype=torch.float32)
     if stage == "style":                                   # nor is this: a LoRA that may be added or left
         return train_style.run(work / stage, flux, student, steps, minutes, scenes, lr=2e-3)
@@ -123,7 +126,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = Parser(prog="python -m miniflux.tiny.train", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", choices=list(SCENES))
-    parser.add_argument("--base", default="tiny", choices=whole_models(), help="the model of which schnell, kontext, redux, fill, canny and depth are variants, and for which controlnet and style are (default tiny)")
+    parser.add_argument("--base", default="tiny", choices=whole_models(), help="the model of which schnell, kontext, redux, fill, canny and depth are variants, and for which controlnet, style and ip-adapter are (default tiny)")
     parser.add_argument("--start", help="the model whose weights the stages autoencoder and base begin with (default: random ones)")
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--minutes", type=float, help="train for so long (default 15)")
@@ -146,7 +149,7 @@ def main(argv: list[str] | None = None) -> None:
             vocabulary.learn(args.work / "model", scenes)
         elif args.stage == "autoencoder":
             train_autoencoder_stage(args.work, args.steps, minutes, scenes, device, args.start)
-        elif args.stage in ("schnell", "kontext", "controlnet", "style", "redux", *train_variant.VARIANTS):
+        elif args.stage not in ("base", "guidance"):
             train_variant_stage(args.work, args.stage, args.steps, minutes, scenes, device, args.base)
         else:
             train_painter_stage(args.work, args.stage, args.steps, minutes, scenes, device, args.start, args.compile)

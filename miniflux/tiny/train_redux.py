@@ -1,23 +1,18 @@
 """Stage 9: to read pictures as it reads text: Redux, with a SigLIP of its own. The model itself stays as it is.
 
-    siglip:  loss = -1/B sum_ij log sigmoid(s_ij (exp(a) x_i · y_j + b))            s_ij = 1 where i = j, else -1
-    redux:   loss = ‖v(x_t, t, "" ⊕ redux(siglip(picture)), w) - (ε - z) - (v_base(x_t, t, caption, w) - v_base(x_t, t, caption, 1))‖²
+    loss = ‖v(x_t, t, "" ⊕ redux(siglip(picture)), w) - (ε - z) - (v_base(x_t, t, caption, w) - v_base(x_t, t, caption, 1))‖²
 
-First a small SigLIP learns which caption belongs to which picture (Zhai et al. 2023, arXiv:2303.15343): x_i is the mean of a picture's
-tokens, y_j what the base model's CLIP makes of a caption, each through a linear map and of unit length. Then Redux's embedder learns to
-say with such tokens, which follow those of the empty prompt, what is to be painted: half of the time the very picture that was read, half
-of the time the same objects on the same ground in another place, so that the results are variations. The last two terms are what
-guidance w changes in the base model, of a caption that describes the picture; Redux sees no caption.
+First a small SigLIP learns which caption belongs to which picture (`towers.py`). Then Redux's embedder learns to say with such tokens,
+which follow those of the empty prompt, what is to be painted: half of the time the very picture that was read, half of the time the
+same objects on the same ground in another place, so that the results are variations. The last two terms are what guidance w changes in
+the base model, of a caption that describes the picture; Redux sees no caption.
 """
 
-import math
-import random
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..flux import Flux
@@ -29,36 +24,18 @@ from ..redux import redux
 from ..sampling import image_ids, text_ids
 from . import export
 from .grounds import SIDE as PIXELS
-from .scenes import Scene, contact_sheet, render, sample_scene
-from .train_autoencoder import to_tensor
+from .scenes import contact_sheet, render
+from .towers import Pairing, pictures_to_read, shares, sigmoid_loss, train_tower
 from .train_flow import BATCH, SIDE, noisy
 from .train_variant import SHOWN, encode_variant, guidance_change, side_by_side
 from .training import train
 
 SIGLIP = SigLIPConfig(hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=2, image_size=PIXELS, patch_size=16)
-FIRST = 1 / 3                       # the share of the steps or minutes in which SigLIP learns
 
 
-class Pairing(nn.Module):
-    """A SigLIP, and what its loss needs besides: pictures (B, 3, S, S), captions' vectors (B, width) -> logits of all pairs (B, B)."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.siglip = SigLIP(SIGLIP)
-        self.picture_map, self.text_map = nn.Linear(SIGLIP.hidden_size, width), nn.Linear(width, width)
-        # Note: as one pair in B is right, b begins at about the logarithm of these odds: the paper's -10 belongs to batches of 32,768.
-        self.logit_scale, self.logit_bias = nn.Parameter(torch.tensor(math.log(10))), nn.Parameter(torch.tensor(-math.log(BATCH)))
-        nn.init.normal_(self.siglip.vision_model.embeddings.position_embedding.weight, std=SIGLIP.hidden_size ** -0.5)
-
-    def forward(self, pictures: Tensor, vec: Tensor) -> Tensor:
-        x, y = self.picture_map(self.siglip(pictures).mean(1)), self.text_map(vec)          # (B, width) each
-        return self.logit_scale.exp() * F.normalize(x.float(), dim=-1) @ F.normalize(y.float(), dim=-1).T + self.logit_bias
-
-
-def sigmoid_loss(logits: Tensor) -> Tensor:
-    """Of the logits of all pairs (B, B), those on the diagonal are to be right, all others wrong."""
-    right = 2 * torch.eye(len(logits), device=logits.device) - 1
-    return -F.logsigmoid(right * logits).sum() / len(logits)
+def pairing(width: int) -> Pairing:
+    """A SigLIP that is to learn; what it sees in a picture is the mean of its tokens."""
+    return Pairing(SigLIP(SIGLIP), lambda siglip, pictures: siglip(pictures).mean(1), SIGLIP.hidden_size, width)
 
 
 class Reader(nn.Module):
@@ -72,54 +49,12 @@ class Reader(nn.Module):
         return self.redux(self.siglip(pictures))
 
 
-def moved(scene: Scene, rng: random.Random) -> Scene:
-    """The same facts elsewhere: all objects are moved together, as far as there is room, and the ground has other details."""
-    dx = rng.randint(-min(o.x for o in scene.objects), PIXELS - max(o.x + o.size for o in scene.objects))
-    dy = rng.randint(-min(o.y for o in scene.objects), PIXELS - max(o.y + o.size for o in scene.objects))
-    return replace(scene, objects=tuple(replace(o, x=o.x + dx, y=o.y + dy) for o in scene.objects), seed=rng.getrandbits(32))
-
-
-def read_pictures(flux: Flux, scenes: list[Scene], pictures: np.ndarray, rng: random.Random) -> Tensor:
-    """What Redux reads where these pictures are to be painted: (n, 3, 128, 128)."""
-    return to_tensor(np.stack([picture if rng.random() < 0.5 else render(moved(scene, rng)) for scene, picture in zip(scenes, pictures)]))
-
-
-def pairs(flux: Flux, rng: random.Random, count: int, held_out: bool = False) -> tuple[Tensor, Tensor]:
-    """`count` new pictures (count, 3, 128, 128) and their captions' vectors (count, width)."""
-    scenes = [sample_scene(rng, held_out=held_out) for _ in range(count)]
-    vec = encode_prompt(flux, [scene.caption for scene in scenes]).vec
-    return to_tensor(np.stack([render(scene) for scene in scenes])).to(vec.device), vec.clone()        # a clone may be learnt from
-
-
-def train_siglip(folder: Path, base: Flux, steps: int | None, minutes: float | None, lr: float) -> dict[str, Tensor]:
-    """Learn which caption belongs to which picture; the averaged weights of SigLIP. The log says for how many of 64 held-out pictures
-    the caption that is most alike is their own."""
-    torch.manual_seed(0)
-    device, width = base.mmdit.img_in.weight.device, base.mmdit.config.vec_in_dim
-    net, unseen = Pairing(width).to(device), pairs(base, random.Random(0), 64, held_out=True)
-
-    def loss(generator: torch.Generator) -> Tensor:
-        batch = pairs(base, random.Random(int(torch.randint(2**62, (), generator=generator))), BATCH)
-        with torch.autocast(device.type, torch.bfloat16):
-            return sigmoid_loss(net(*batch))
-
-    @torch.no_grad()
-    def on_save(step: int, ema: dict[str, Tensor]) -> dict:
-        averaged = Pairing(width).to(device)
-        averaged.load_state_dict(ema)
-        found = averaged(*unseen).argmax(1).cpu()
-        return {"own caption found": float((found == torch.arange(len(found))).float().mean())}
-
-    weights = train(net, loss, folder, lr=lr, steps=steps, minutes=minutes, seed=8, on_save=on_save)
-    return {name.removeprefix("siglip."): value for name, value in weights.items() if name.startswith("siglip.")}
-
-
-def train_embedder(folder: Path, base: Flux, siglip: dict[str, Tensor], steps: int | None, minutes: float | None, count: int,
+def train_embedder(folder: Path, base: Flux, siglip: dict[str, Tensor], count: int, *, steps: int | None, minutes: float | None,
                    lr: float) -> None:
     """Learn to say with the tokens of `count` pictures what the base model is to paint; SigLIP goes on learning with the embedder. Writes
     both into the folder above, as `add_redux` takes them."""
     torch.manual_seed(0)
-    *columns, shown = encode_variant(base, read_pictures, count, seed=70)        # z, pictures to read, encoded captions
+    *columns, shown = encode_variant(base, pictures_to_read, count, seed=70)        # z, pictures to read, encoded captions
     mmdit, nothing = base.mmdit.requires_grad_(False), encode_prompt(base, "")
     device, width = mmdit.img_in.weight.device, mmdit.config.context_in_dim
     txt, vec = nothing.txt.clone().expand(BATCH, -1, -1), nothing.vec.clone().expand(BATCH, -1)
@@ -155,6 +90,6 @@ def run(folder: Path, base: Flux, steps: int | None, minutes: float | None, scen
     """Train SigLIP and Redux's embedder for the model `base`, which stays as it is; writes both into the folder.
 
     Each has its own state in a folder below: a run that was killed goes on in the one that it was killed in."""
-    first, then = ((steps and max(1, round(share * steps)), minutes and share * minutes) for share in (FIRST, 1 - FIRST))
-    siglip = train_siglip(folder / "siglip", base, *first, lr)
-    train_embedder(folder / "embedder", base, siglip, *then, scenes, lr)
+    first, then = shares(steps, minutes)
+    siglip = train_tower(folder / "siglip", base, lambda: pairing(base.mmdit.config.vec_in_dim), sigmoid_loss, lr=lr, seed=8, **first)
+    train_embedder(folder / "embedder", base, siglip, scenes, lr=lr, **then)

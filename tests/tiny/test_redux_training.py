@@ -1,6 +1,5 @@
 """The training of Redux for the tiny model. Oracles: by hand; transformers and diffusers on the folder that is written."""
 
-import math
 import random
 
 import numpy as np
@@ -12,17 +11,17 @@ from transformers import SiglipVisionModel
 
 from miniflux import load, redux
 from miniflux.redux import redux_prompt
-from miniflux.tiny import evaluate_variant, train, train_redux
+from miniflux.tiny import evaluate_variant, towers, train, train_redux
 from miniflux.tiny.export import write_redux
-from miniflux.tiny.scenes import KINDS, render, sample_scene
-from miniflux.tiny.train_redux import Pairing, Reader, moved, sigmoid_loss
+from miniflux.tiny.scenes import render, sample_scene
+from miniflux.tiny.train_redux import Reader
 from miniflux.tiny.vocabulary import write_json
 
 
 @pytest.fixture
 def quick(monkeypatch):
-    for name, value in (("BATCH", 4), ("SHOWN", 1)):
-        monkeypatch.setattr(train_redux, name, value)
+    for module, name, value in ((towers, "BATCH", 4), (train_redux, "BATCH", 4), (train_redux, "SHOWN", 1)):
+        monkeypatch.setattr(module, name, value)
 
 
 def stage(work, steps: int = 3) -> None:
@@ -38,32 +37,6 @@ def folder(tmp_path_factory):
     write_redux(path, reader.siglip, reader.redux)
     write_json(path / "variant.json", {"base": "tiny"})
     return path
-
-
-def test_the_sigmoid_loss_asks_for_the_diagonal():
-    """By hand: -log sigmoid(z) = log(1 + exp(-z)), of the own captions' logits and of minus the others', summed, for each picture."""
-    logits = torch.tensor([[2.0, -1.0], [0.5, -3.0]])
-    expected = (math.log(1 + math.exp(-2)) + math.log(1 + math.exp(-1)) + math.log(1 + math.exp(0.5)) + math.log(1 + math.exp(3))) / 2
-    assert float(sigmoid_loss(logits)) == pytest.approx(expected, rel=1e-6)
-
-
-def test_the_logits_are_cosines_with_a_scale_and_a_bias():
-    net, pictures, vec = Pairing(128), torch.randn(3, 3, 128, 128), torch.randn(3, 128)
-    x, y = net.picture_map(net.siglip(pictures).mean(1)), net.text_map(vec)
-    expected = 10 * float(x[2] @ y[1] / x[2].norm() / y[1].norm()) - math.log(train_redux.BATCH)
-    assert float(net(pictures, vec)[2, 1]) == pytest.approx(expected, abs=1e-4)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_scene_that_is_moved_keeps_its_facts_and_stays_in_the_picture(kind):
-    rng = random.Random(1)
-    for _ in range(20):
-        scene = sample_scene(rng, kind=kind)
-        other = moved(scene, rng)
-        assert [(o.name, o.colour, o.size) for o in other.objects] == [(o.name, o.colour, o.size) for o in scene.objects]
-        assert (other.caption, other.ground, other.style) == (scene.caption, scene.ground, scene.style) and other.seed != scene.seed
-        assert len({(o.x - p.x, o.y - p.y) for o, p in zip(other.objects, scene.objects)}) == 1
-        assert all(0 <= o.x <= 128 - o.size and 0 <= o.y <= 128 - o.size for o in other.objects)
 
 
 def test_three_steps_end_in_a_folder_that_load_opens_and_redux_paints_with(tmp_path, quick):
@@ -91,6 +64,10 @@ def test_a_stage_killed_in_either_step_goes_on_there_to_the_same_bits(tmp_path, 
     stage(tmp_path / "whole", 6)
     real = train_redux.train
 
+    def train_with(function):
+        for module in (towers, train_redux):
+            monkeypatch.setattr(module, "train", function)
+
     def killed(step):
         def until(net, loss_of, folder, **keywords):
             calls = []
@@ -104,10 +81,10 @@ def test_a_stage_killed_in_either_step_goes_on_there_to_the_same_bits(tmp_path, 
         return until
 
     for step in ("siglip", "embedder"):
-        monkeypatch.setattr(train_redux, "train", killed(step))
+        train_with(killed(step))
         with pytest.raises(KeyboardInterrupt):
             stage(tmp_path / "parts", 6)
-    monkeypatch.setattr(train_redux, "train", real)
+    train_with(real)
     stage(tmp_path / "parts", 6)
     for file in ("image_encoder/model.safetensors", "image_embedder/diffusion_pytorch_model.safetensors"):
         whole, parts = (load_file(tmp_path / work / "redux" / file) for work in ("whole", "parts"))

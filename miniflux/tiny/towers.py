@@ -1,0 +1,107 @@
+"""Towers that see: networks that learn which caption belongs to which picture, of which Redux and the IP-Adapter begin.
+
+    s_ij = exp(a) x_i · y_j + b                            x_i from a picture, y_j from a caption, both of unit length
+    SigLIP:  loss = -1/B sum_ij log sigmoid(±s_ij)         + where i = j                      (Zhai et al. 2023, arXiv:2303.15343)
+    CLIP:    loss = (CE_j(s_ij, i) + CE_i(s_ij, j)) / 2    among all captions its own, and the other way round (arXiv:2103.00020)
+
+x_i is what the tower sees in a picture, y_j what the base model's CLIP makes of a caption, each through a linear map.
+"""
+
+import math
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..flux import Flux
+from ..prompt import encode_prompt
+from .grounds import SIDE as PIXELS
+from .scenes import Scene, render, sample_scene
+from .train_autoencoder import to_tensor
+from .train_flow import BATCH
+from .training import train
+
+FIRST = 1 / 3                       # the share of the steps or minutes in which a tower learns, before what it is for
+
+Look = Callable[[nn.Module, Tensor], Tensor]                 # (tower, pictures (B, 3, S, S) in [-1, 1]) -> (B, hidden)
+
+
+class Pairing(nn.Module):
+    """A tower, and what its loss needs besides: pictures (B, 3, S, S), captions' vectors (B, width) -> logits of all pairs (B, B)."""
+
+    def __init__(self, tower: nn.Module, look: Look, hidden: int, width: int):
+        super().__init__()
+        self.tower, self.look = tower, look
+        self.picture_map, self.text_map = nn.Linear(hidden, width), nn.Linear(width, width)
+        # Note: as one pair in B is right, b begins at about the logarithm of these odds: the paper's -10 belongs to batches of 32,768.
+        self.logit_scale, self.logit_bias = nn.Parameter(torch.tensor(math.log(10))), nn.Parameter(torch.tensor(-math.log(BATCH)))
+        nn.init.normal_(tower.vision_model.embeddings.position_embedding.weight, std=tower.config.hidden_size ** -0.5)
+
+    def forward(self, pictures: Tensor, vec: Tensor) -> Tensor:
+        x, y = self.picture_map(self.look(self.tower, pictures)), self.text_map(vec)        # (B, width) each
+        return self.logit_scale.exp() * F.normalize(x.float(), dim=-1) @ F.normalize(y.float(), dim=-1).T + self.logit_bias
+
+
+def sigmoid_loss(logits: Tensor) -> Tensor:
+    """Of the logits of all pairs (B, B), those on the diagonal are to be right, all others wrong."""
+    right = 2 * torch.eye(len(logits), device=logits.device) - 1
+    return -F.logsigmoid(right * logits).sum() / len(logits)
+
+
+def softmax_loss(logits: Tensor) -> Tensor:
+    """In each row and in each column of the logits of all pairs (B, B), that on the diagonal is to be the largest."""
+    own = torch.arange(len(logits), device=logits.device)
+    return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
+
+
+def moved(scene: Scene, rng: random.Random) -> Scene:
+    """The same facts elsewhere: all objects are moved together, as far as there is room, and the ground has other details."""
+    dx = rng.randint(-min(o.x for o in scene.objects), PIXELS - max(o.x + o.size for o in scene.objects))
+    dy = rng.randint(-min(o.y for o in scene.objects), PIXELS - max(o.y + o.size for o in scene.objects))
+    return replace(scene, objects=tuple(replace(o, x=o.x + dx, y=o.y + dy) for o in scene.objects), seed=rng.getrandbits(32))
+
+
+def pictures_to_read(flux: Flux, scenes: list[Scene], pictures: np.ndarray, rng: random.Random) -> Tensor:
+    """What is read where these pictures are to be painted, half of them with all objects moved: (n, 3, 128, 128)."""
+    return to_tensor(np.stack([picture if rng.random() < 0.5 else render(moved(scene, rng)) for scene, picture in zip(scenes, pictures)]))
+
+
+def pairs(flux: Flux, rng: random.Random, count: int, held_out: bool = False) -> tuple[Tensor, Tensor]:
+    """`count` new pictures (count, 3, 128, 128) and their captions' vectors (count, width)."""
+    scenes = [sample_scene(rng, held_out=held_out) for _ in range(count)]
+    vec = encode_prompt(flux, [scene.caption for scene in scenes]).vec
+    return to_tensor(np.stack([render(scene) for scene in scenes])).to(vec.device), vec.clone()        # a clone may be learnt from
+
+
+def train_tower(folder: Path, base: Flux, pairing: Callable[[], Pairing], loss_of: Callable[[Tensor], Tensor], *, steps: int | None,
+                minutes: float | None, lr: float, seed: int) -> dict[str, Tensor]:
+    """Learn which caption belongs to which picture; the tower's averaged weights. The log says for how many of 64 held-out pictures
+    the caption that is most alike is their own."""
+    torch.manual_seed(0)
+    device = base.mmdit.img_in.weight.device
+    net, unseen = pairing().to(device), pairs(base, random.Random(0), 64, held_out=True)
+
+    def loss(generator: torch.Generator) -> Tensor:
+        batch = pairs(base, random.Random(int(torch.randint(2**62, (), generator=generator))), BATCH)
+        with torch.autocast(device.type, torch.bfloat16):
+            return loss_of(net(*batch))
+
+    @torch.no_grad()
+    def on_save(step: int, ema: dict[str, Tensor]) -> dict:
+        averaged = pairing().to(device)
+        averaged.load_state_dict(ema)
+        found = averaged(*unseen).argmax(1).cpu()
+        return {"own caption found": float((found == torch.arange(len(found))).float().mean())}
+
+    weights = train(net, loss, folder, lr=lr, steps=steps, minutes=minutes, seed=seed, on_save=on_save)
+    return {name.removeprefix("tower."): value for name, value in weights.items() if name.startswith("tower.")}
+
+
+def shares(steps: int | None, minutes: float | None) -> list[dict[str, float | None]]:
+    """How long the tower learns, and how long what it is for."""
+    return [{"steps": steps and max(1, round(share * steps)), "minutes": minutes and share * minutes} for share in (FIRST, 1 - FIRST)]

@@ -1,0 +1,113 @@
+"""Stage 10: to follow a picture beside the prompt: an IP-Adapter, with a CLIP vision tower of its own. The model stays as it is.
+
+    loss = ‖v_base(x_t, t, caption, w; K, V) - (ε - z) - (v_base(x_t, t, caption, w) - v_base(x_t, t, caption, 1))‖²
+
+First CLIP's vision tower learns which caption belongs to which picture (`towers.py`). Then the adapter learns to make a few tokens of its
+vector, and of these the keys K and values V that the image tokens look at besides in the double blocks (Ye et al. 2023,
+arXiv:2308.06721, in XLabs' form). The network sees every second caption only, so that the picture alone often says what to paint; half
+of the pictures show the same objects in another place. The last two terms are what guidance w changes in the base model.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..adapters.ip_adapter import IPAdapter, IPAdapterConfig
+from ..flux import Flux
+from ..generate import generate
+from ..images import CLIP_COLOURS, save, standardise
+from ..networks.attention import attention_backend
+from ..networks.clip import CLIPVision, CLIPVisionConfig
+from ..networks.mmdit import KeysValues
+from ..prompt import encode_prompt
+from ..sampling import image_ids, text_ids
+from . import export
+from .grounds import SIDE as PIXELS
+from .scenes import contact_sheet, render
+from .towers import Pairing, pictures_to_read, shares, softmax_loss, train_tower
+from .train_flow import BATCH, SIDE, noisy
+from .train_variant import SHOWN, encode_variant, guidance_change, side_by_side
+from .training import train
+
+CLIP_VISION = CLIPVisionConfig(hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=2, image_size=PIXELS,
+                               patch_size=16, projection_dim=128)
+TOKENS = 4                          # that a picture becomes, as in XLabs' v1
+
+
+def look(clip: CLIPVision, pictures: Tensor) -> Tensor:
+    """Pictures (B, 3, S, S) in [-1, 1] -> their vectors (B, projection_dim)."""
+    return clip(standardise(pictures / 2 + 0.5, CLIP_COLOURS))
+
+
+def pairing(width: int) -> Pairing:
+    """A CLIP vision tower that is to learn."""
+    clip = CLIPVision(CLIP_VISION)
+    nn.init.normal_(clip.vision_model.embeddings.class_embedding, std=CLIP_VISION.hidden_size ** -0.5)
+    return Pairing(clip, look, CLIP_VISION.projection_dim, width)
+
+
+class Follower(nn.Module):
+    """Pictures (B, 3, S, S) in [-1, 1] -> for each double block the keys and values (B, H, T, D) of each; the values are zero at first."""
+
+    def __init__(self, base: Flux):
+        super().__init__()
+        sizes = base.mmdit.config
+        self.clip, self.heads = CLIPVision(CLIP_VISION), sizes.num_heads
+        self.adapter = IPAdapter(IPAdapterConfig(CLIP_VISION.projection_dim, TOKENS, sizes.context_in_dim, sizes.hidden_size, sizes.depth))
+        for block in self.adapter.double_blocks:
+            nn.init.zeros_(block["v_proj"].weight)
+            nn.init.zeros_(block["v_proj"].bias)
+
+    def forward(self, pictures: Tensor) -> list[KeysValues]:
+        tokens = self.adapter.projection(look(self.clip, pictures))             # (B, T, context_in_dim)
+        return [[tuple(block[name](tokens).unflatten(-1, (self.heads, -1)).transpose(1, 2) for name in ("k_proj", "v_proj"))]
+                for block in self.adapter.double_blocks]
+
+
+def train_adapter(folder: Path, base: Flux, clip: dict[str, Tensor], count: int, *, steps: int | None, minutes: float | None,
+                  lr: float) -> None:
+    """Learn to steer the base model by the vectors of `count` pictures; CLIP goes on learning with the adapter. Writes both into the
+    folder above, as `add_ip_adapter` takes them."""
+    torch.manual_seed(0)
+    *columns, shown = encode_variant(base, pictures_to_read, count, seed=80)     # z, pictures to read, encoded captions
+    mmdit, nothing = base.mmdit.requires_grad_(False), encode_prompt(base, "")
+    device = mmdit.img_in.weight.device
+    ids = image_ids(SIDE, SIDE, device=device), text_ids(nothing.txt.shape[1], device=device)
+    follower, no_txt, no_vec = Follower(base).to(device), nothing.txt.clone(), nothing.vec.clone()
+    follower.clip.load_state_dict(clip)
+
+    def loss(generator: torch.Generator) -> Tensor:
+        index = torch.randint(len(columns[0]), (BATCH,), generator=generator)
+        tokens, pictures, txt, vec = (part[index].to(device, torch.float32) for part in columns)
+        x, t, target = noisy(tokens, generator)
+        w = 1 + 5 * torch.rand(BATCH, generator=generator).to(device)
+        with torch.autocast(device.type, torch.bfloat16), attention_backend("formula"):
+            guidance = guidance_change(mmdit, x, txt, vec, t, w, *ids)
+            silent = (torch.arange(BATCH) % 2 == 0).to(device)
+            txt, vec = torch.where(silent[:, None, None], no_txt, txt), torch.where(silent[:, None], no_vec, vec)
+            v = mmdit(x, txt, vec, t, w, *ids, image_kv=follower(pictures))
+        return (v.float() - target - guidance.float()).square().mean()
+
+    def on_save(step: int, ema: dict[str, Tensor]) -> dict:
+        averaged = Follower(base).to(device)
+        averaged.load_state_dict(ema)
+        flux, given = replace(base, image_encoder=averaged.clip, ip_adapters=(averaged.adapter,)), [render(scene) for scene in shown[:SHOWN]]
+        painted = [generate(flux, "", steps=16, progress=False, ip_image=picture)[0] for picture in given]
+        pictures, captions = side_by_side(given, painted, [scene.caption for scene in shown[:SHOWN]])
+        save(contact_sheet([np.asarray(picture) for picture in pictures], captions), folder.parent / "sheet.png", {"step": step})
+        export.write_ip_adapter(folder.parent, averaged.clip, averaged.adapter)
+        return {"sheet": str(folder.parent / "sheet.png")}
+
+    train(follower, loss, folder, lr=lr, steps=steps, minutes=minutes, seed=11, on_save=on_save)
+
+
+def run(folder: Path, base: Flux, steps: int | None, minutes: float | None, scenes: int, lr: float) -> None:
+    """Train CLIP's vision tower and an IP-Adapter for the model `base`, which stays as it is; writes both into the folder.
+
+    Each has its own state in a folder below: a run that was killed goes on in the one that it was killed in."""
+    first, then = shares(steps, minutes)
+    clip = train_tower(folder / "clip", base, lambda: pairing(base.mmdit.config.vec_in_dim), softmax_loss, lr=lr, seed=10, **first)
+    train_adapter(folder / "adapter", base, clip, scenes, lr=lr, **then)

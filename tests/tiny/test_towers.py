@@ -1,0 +1,67 @@
+"""The training of vision towers. Oracle: by hand."""
+
+import math
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from miniflux.images import CLIP_COLOURS
+from miniflux.tiny import towers, train_ip_adapter, train_redux
+from miniflux.tiny.scenes import KINDS, render, sample_scene
+from miniflux.tiny.towers import moved, shares, sigmoid_loss, softmax_loss
+
+
+def test_the_sigmoid_loss_asks_for_the_diagonal():
+    """By hand: -log sigmoid(z) = log(1 + exp(-z)), of the own captions' logits and of minus the others', summed, for each picture."""
+    logits = torch.tensor([[2.0, -1.0], [0.5, -3.0]])
+    expected = (math.log(1 + math.exp(-2)) + math.log(1 + math.exp(-1)) + math.log(1 + math.exp(0.5)) + math.log(1 + math.exp(3))) / 2
+    assert float(sigmoid_loss(logits)) == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_softmax_loss_asks_for_the_diagonal_in_rows_and_in_columns():
+    """By hand: the logarithm of all exponentials' sum less the own logit, of both rows and of both columns, on average."""
+    logits = torch.tensor([[2.0, -1.0], [0.5, -3.0]])
+    expected = sum(math.log(1 + math.exp(other - own)) for own, other in ((2, -1), (-3, 0.5), (2, 0.5), (-3, -1))) / 4
+    assert float(softmax_loss(logits)) == pytest.approx(expected, rel=1e-6)
+    assert float(softmax_loss(logits + 7)) == pytest.approx(expected, rel=1e-6)         # the bias is SigLIP's alone
+
+
+@pytest.mark.parametrize("stage", [train_redux, train_ip_adapter])
+def test_the_logits_are_cosines_with_a_scale_and_a_bias(stage):
+    net, pictures, vec = stage.pairing(128), torch.randn(3, 3, 128, 128), torch.randn(3, 128)
+    if stage is train_redux:
+        seen = net.tower(pictures).mean(1)
+    else:
+        mean, deviation = (torch.tensor(values).view(3, 1, 1) for values in CLIP_COLOURS)
+        seen = net.tower(((pictures + 1) / 2 - mean) / deviation)
+    x, y = net.picture_map(seen), net.text_map(vec)
+    expected = 10 * float(x[2] @ y[1] / x[2].norm() / y[1].norm()) - math.log(towers.BATCH)
+    assert float(net(pictures, vec)[2, 1]) == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_scene_that_is_moved_keeps_its_facts_and_stays_in_the_picture(kind):
+    rng = random.Random(1)
+    for _ in range(20):
+        scene = sample_scene(rng, kind=kind)
+        other = moved(scene, rng)
+        assert [(o.name, o.colour, o.size) for o in other.objects] == [(o.name, o.colour, o.size) for o in scene.objects]
+        assert (other.caption, other.ground, other.style) == (scene.caption, scene.ground, scene.style) and other.seed != scene.seed
+        assert len({(o.x - p.x, o.y - p.y) for o, p in zip(other.objects, scene.objects)}) == 1
+        assert all(0 <= o.x <= 128 - o.size and 0 <= o.y <= 128 - o.size for o in other.objects)
+
+
+def test_about_half_of_the_pictures_to_read_are_those_to_paint(monkeypatch):
+    scenes = [sample_scene(random.Random(seed), kind="single") for seed in range(40)]
+    pictures = np.stack([render(scene) for scene in scenes])
+    read = towers.pictures_to_read(None, scenes, pictures, random.Random(0))
+    same = sum(torch.equal(a, b) for a, b in zip(read, towers.to_tensor(pictures)))
+    assert read.shape == (40, 3, 128, 128) and 10 <= same <= 30
+
+
+@pytest.mark.parametrize("length, first, then", [((9, None), (3, None), (6, None)), ((None, 15.0), (None, 5.0), (None, 10.0)),
+                                                 ((1, None), (1, None), (1, None))])
+def test_a_tower_learns_for_a_third_of_the_time(length, first, then):
+    assert [tuple(share.values()) for share in shares(*length)] == [pytest.approx(first), pytest.approx(then)]
