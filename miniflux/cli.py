@@ -76,7 +76,8 @@ def parser(task: str, description: str, prompt: bool = True) -> Parser:
     p.add_argument("--sigmas", type=float, nargs="+", help="own falling times in (0, 1], not --steps (default: even)")
     p.add_argument("--max-text-tokens", type=int, help="T5 tokens the prompt is padded to (default: the model's)")
     p.add_argument("--quantize", choices=FORMATS, help="weights in fewer bits (default: as they are)")
-    p.add_argument("--lora", nargs="+", default=[], metavar="FILE", help="LoRA files to add (default: none)")
+    p.add_argument("--lora", nargs="+", default=[], metavar="FILE",
+                   help="LoRAs to add: files, folders, Hub ids or shipped names (default: none)")
     p.add_argument("--lora-scales", type=float, nargs="+", metavar="SCALE", help="how strongly each of them acts (default: 1)")
     p.add_argument("--device", help="cuda, mps, cpu (default: the first of these there is)")
     p.add_argument("--dtype", choices=DTYPES, help="of the weights (default bfloat16, float32 on the CPU)")
@@ -133,7 +134,8 @@ def image_and_mask(flux: Flux, args: argparse.Namespace) -> dict:
 
 def add_controls(p: Parser) -> None:
     """The flags of the tasks that ControlNets can steer; `controls` reads them."""
-    p.add_argument("--controlnet", nargs="+", metavar="NET", help="ControlNets: files, folders or Hub ids (default: none)")
+    p.add_argument("--controlnet", nargs="+", metavar="NET",
+                   help="ControlNets: files, folders, Hub ids or shipped names (default: none)")
     p.add_argument("--control-image", nargs="+", metavar="PICTURE", help="the control picture of each of them")
     p.add_argument("--control-scale", nargs="+", type=float, metavar="SCALE", help="how strongly each of them acts (default 1.0)")
     p.add_argument("--control-start", nargs="+", type=float, metavar="PART", help="from which part of the steps on (default 0.0)")
@@ -156,7 +158,8 @@ def controls(flux: Flux, args: argparse.Namespace) -> list[Control]:
 
 def add_ip_images(p: Parser) -> None:
     """The flags of the tasks that can follow a picture."""
-    p.add_argument("--ip-adapter", nargs="+", metavar="FILE", help="IP-Adapters to add (default: none)")
+    p.add_argument("--ip-adapter", nargs="+", metavar="FILE",
+                   help="IP-Adapters to add: files, folders, Hub ids or shipped names (default: none)")
     p.add_argument("--ip-image", nargs="+", metavar="PICTURE", help="the picture that each of them follows")
     p.add_argument("--ip-scale", nargs="+", type=float, metavar="SCALE", help="how strongly each of them acts (default 1.0)")
     p.add_argument("--negative-ip-image", nargs="+", metavar="PICTURE", help="what they avoid; acts with --true-cfg (default: black)")

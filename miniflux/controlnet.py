@@ -48,7 +48,8 @@ Controls = Control | tuple | Sequence[Control | tuple]
 
 
 def load_controlnet(source: str | Path, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> ControlNet:
-    """A ControlNet from a safetensors file, a folder or a Hub id; InstantX's, Shakker's or XLabs' names. device, dtype: as `load`.
+    """A ControlNet from a safetensors file, a folder, a Hub id or a shipped name. Its tensors have InstantX's, Shakker's or XLabs' names.
+    device, dtype: as `load`.
 
     Raises FileNotFoundError for what is not there, ValueError for what is not a FLUX ControlNet."""
     device = find_device(device)

@@ -9,7 +9,7 @@ from torch import nn
 from .checkpoints import layouts
 from .checkpoints.building import pick
 from .checkpoints.formats import PICKLES, listing, read_header, read_json
-from .checkpoints.hub import OFFICIAL, cache_folder, find_in_cache, find_or_download, is_repo
+from .checkpoints.hub import OFFICIAL, SHIPPED, cache_folder, find_in_cache, find_or_download, is_repo, shipped_adapters
 from .images import check_number
 from .networks.autoencoder import Autoencoder
 from .networks.clip import CLIPText, CLIPVision
@@ -18,7 +18,6 @@ from .networks.siglip import ReduxEmbedder, SigLIP
 from .networks.t5 import T5
 from .networks.tokenizers import CLIPTokenizer, T5Tokenizer
 
-SHIPPED = Path(__file__).parent / "tiny" / "weights"
 # Where each part may lie in a folder, the best place first: the diffusers layout, then the original one.
 PARTS = {
     "transformer": ("transformer/*.safetensors", "flux1*.safetensors", "flux1*.gguf", "transformer"),
@@ -305,9 +304,10 @@ def check_fit(flux: Flux, folder: Path) -> None:
 
 
 def list_models() -> list[str]:
-    """One line a model: what is shipped, and which official models are in the local cache."""
-    lines = [f"{name:10} shipped" for name in shipped_models()]
+    """One line a model: what is shipped, with the adapters, and which official models are in the local cache."""
+    lines = [f"{name:15} shipped" for name in shipped_models()]
+    lines += [f"{name:15} shipped, for {flag}" for name, flag in shipped_adapters().items()]
     for name, repo in OFFICIAL.items():
         found = find_in_cache(repo)
-        lines.append(f"{name:10} {repo}: " + (f"{found}" if found else f"not in {cache_folder()}"))
+        lines.append(f"{name:15} {repo}: " + (f"{found}" if found else f"not in {cache_folder()}"))
     return lines

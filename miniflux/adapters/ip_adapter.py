@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..checkpoints.building import State, build
 from ..checkpoints.formats import read_safetensors
-from ..checkpoints.hub import find_network
+from ..checkpoints.hub import find_file, find_network
 from ..checkpoints.layouts import CLIP_VISION, load_clip_vision
 from ..checkpoints.names import count
 from ..flux import Flux
@@ -88,12 +88,12 @@ class IPImages:
 def add_ip_adapter(flux: Flux, path: str | Path, image_encoder: str | Path | None = None) -> Flux:
     """The model with an IP-Adapter more: its tasks then take `ip_image=`.
 
-    path: XLabs' safetensors file, a folder with one, or a Hub id. image_encoder: the folder or Hub id of CLIP's vision tower; by
-    default the one that the model has already, else image_encoder/ beside the file, else openai/clip-vit-large-patch14.
+    path: XLabs' safetensors file, a folder with one, a Hub id or a shipped name. image_encoder: the folder or Hub id of CLIP's vision
+    tower; by default the one that the model has already, else image_encoder/ beside the file, else openai/clip-vit-large-patch14.
 
     Raises FileNotFoundError for what is not there, ValueError for what is no IP-Adapter or was made for another model. The given
     model stays as it is."""
-    path, weight = find_file(find_network(path, "IP-Adapter")), flux.mmdit.img_in.weight
+    path, weight = find_file(find_network(path, "IP-Adapter"), "IP-Adapter"), flux.mmdit.img_in.weight
     state = {rename(name): tensor for name, tensor in read_safetensors(path).items()}
     adapter = build(IPAdapter, config_from_tensors(state, path), state, path, weight.device, weight.dtype)
     for field in ("depth", "hidden_size", "context_in_dim"):
@@ -107,14 +107,6 @@ def add_ip_adapter(flux: Flux, path: str | Path, image_encoder: str | Path | Non
             raise ValueError(f"{path} and the image encoder do not fit: the vectors are {other.config.projection_dim} and "
                              f"{encoder.config.projection_dim} wide; the adapters of a model share one encoder")
     return replace(flux, image_encoder=encoder, ip_adapters=(*flux.ip_adapters, adapter))
-
-
-def find_file(path: Path) -> Path:
-    if not path.is_dir():
-        return path
-    if len(files := sorted(path.glob("*.safetensors"))) != 1:
-        raise ValueError(f"{path} has {len(files)} safetensors files: name the IP-Adapter's")
-    return files[0]
 
 
 def find_encoder(given: str | Path | None, path: Path) -> Path:

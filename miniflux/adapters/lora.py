@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from ..checkpoints.building import WithoutInitialisation
 from ..checkpoints.formats import listing, read_json, read_metadata, read_safetensors
+from ..checkpoints.hub import find_file, find_network
 from ..checkpoints.packed import PackedLinear
 from ..flux import Flux
 from ..images import check_number, log
@@ -57,20 +58,20 @@ def add_lora(flux: Flux, path: str | Path, scale: float = 1.0, name: str | None 
              strict: bool = True) -> Flux:
     """The model with a LoRA more.
 
-    path: a safetensors file of any dialect (`dialects.py` lists them), or a folder that diffusers or PEFT wrote. scale: how
-    strongly it acts; 0 changes nothing. name: to scale or remove it by (default: the file's). merge: whether the weights are
+    path: a safetensors file of any dialect (`dialects.py` lists them), a folder with one, a Hub id or a shipped name. scale: how
+    strongly it acts; 0 changes nothing. name: to scale or remove it by (default: the path's last part). merge: whether the weights are
     changed, or each layer's output (as always where the weights are quantised). strict: whether a tensor that belongs nowhere is an error.
 
     Raises FileNotFoundError for what is not there; ValueError for a file that is damaged, of another model, or not understood, and
     for a name that is used twice. The given model stays as it is."""
     check_number("scale", scale, -100, 100)
     loras = flux.loras or LoRAs({part: getattr(flux, part) for part in NETWORKS}, ())
-    path = Path(path).expanduser()
-    name = path.stem if name is None else name
+    name = Path(path).stem if name is None else name
     if not isinstance(name, str) or name in (lora.name for lora in loras.added):
         raise ValueError(f"a LoRA named {name!r} is there already: give another name=, or remove that one first")
+    path = find_network(path, "LoRA")
     parsed = read_lora(path, targets(*(loras.base[part] for part in NETWORKS)))
-    log.info("%s: %s", path.name, parsed)
+    log.info("%s: %s", name, parsed)
     if parsed.unmatched and strict:
         raise ValueError(f"{path} {parsed}; not matched are {listing(parsed.unmatched)}: strict=False leaves them out")
     check_fit(parsed.deltas, loras.base, path)
@@ -229,10 +230,10 @@ class LoRAPackedLinear(PackedLinear):
 
 
 def read_lora(path: Path, table: dict[str, Target]) -> Parsed:
-    """The changes that a file, or a folder of diffusers or PEFT, asks for."""
+    """The changes that a file, or a folder with one, asks for."""
     metadata = {}
     if path.is_dir():
-        folder, path = path, next((path / file for file in FILES if (path / file).is_file()), path / FILES[0])
+        folder, path = path, find_file(path, "LoRA", FILES)
         if (folder / "adapter_config.json").is_file():
             import json
             metadata = {"lora_adapter_metadata": json.dumps(read_json(folder / "adapter_config.json"))}
@@ -273,12 +274,12 @@ def main() -> None:
 
     parser = Parser(prog="python -m miniflux.adapters.lora", description="Say what LoRA files hold, without loading a model; the exit "
                     "code is 1 if anything in them is not understood.")
-    parser.add_argument("files", nargs="+", metavar="FILE", help="a safetensors file, or a folder of diffusers or PEFT")
+    parser.add_argument("files", nargs="+", metavar="FILE", help="a safetensors file, a folder with one, a Hub id or a shipped name")
     table, understood = None, True
     for file in parser.parse_args().files:
         table = table or official_targets()
         try:
-            parsed = read_lora(Path(file).expanduser(), table)
+            parsed = read_lora(find_network(file, "LoRA"), table)
         except (ValueError, OSError) as error:
             understood = False
             print(f"{file}: {error}")

@@ -1,11 +1,17 @@
-"""Where official checkpoints lie on this machine: the local Hugging Face cache, or a download into it.
+"""Where checkpoints lie on this machine: in the package, in the local Hugging Face cache, or in a download into it.
 
 The cache is read directly, so nothing has to be installed to use what is already there; downloading needs the optional
 package `huggingface_hub` (`pip install "miniflux-torch[hub]"`).
 """
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
+
+SHIPPED = Path(__file__).parents[1] / "tiny" / "weights"
+# What a shipped folder with nothing but this file is for: the flag that takes its name.
+SHIPPED_ADAPTERS = {"pytorch_lora_weights.safetensors": "--lora", "diffusion_pytorch_model.safetensors": "--controlnet",
+                    "ip_adapter.safetensors": "--ip-adapter"}
 
 OFFICIAL = {
     "schnell": "black-forest-labs/FLUX.1-schnell",
@@ -46,13 +52,33 @@ def is_repo(name: str) -> bool:
     return name.count("/") == 1 and not name.startswith((".", "/", "~")) and not name.endswith(".safetensors")
 
 
+def shipped_adapters() -> dict[str, str]:
+    """The LoRAs, ControlNets and IP-Adapters that come with the package: name -> flag."""
+    return {path.parent.name: flag for file, flag in SHIPPED_ADAPTERS.items() for path in sorted(SHIPPED.glob(f"*/{file}"))}
+
+
 def find_network(source: str | Path, what: str) -> Path:
-    """The file or folder of a single network, or the snapshot folder of its repository."""
+    """The file or folder of a single network, a shipped one's too, or the snapshot folder of its repository."""
+    if isinstance(source, str) and source in shipped_adapters():                # names come before paths, as in `find_source`
+        return SHIPPED / source
     if (path := Path(source).expanduser()).exists():
         return path
     if is_repo(str(source)):
         return find_or_download(str(source), NETWORK, NETWORK[1:])
-    raise FileNotFoundError(f"the {what} {source} does not exist: expected a file, a folder or a Hub id")
+    raise FileNotFoundError(f"the {what} {source} does not exist: expected a file, a folder or a Hub id, or one of "
+                            + ", ".join(shipped_adapters()))
+
+
+def find_file(path: Path, what: str, usual: Sequence[str] = ()) -> Path:
+    """The file of a network that is a single one: this, or of a folder the first usual one that is there, or else the only one."""
+    if not path.is_dir():
+        return path
+    for name in usual:
+        if (path / name).is_file():
+            return path / name
+    if len(files := sorted(path.glob("*.safetensors"))) != 1:
+        raise ValueError(f"{path} has {len(files)} safetensors files: name the {what}'s")
+    return files[0]
 
 
 def find_or_download(repo: str, wanted: list[str] = WANTED, weights: list[str] = WEIGHTS) -> Path:

@@ -3,7 +3,8 @@
     loss = ‖v(x_t, t, caption, w) - (ε - z) - (v_base(x_t, t, caption, w) - v_base(x_t, t, caption, 1))‖²
 
 z are the tokens of a picture that `neon` has redrawn; the caption does not say so, so the LoRA does it always, as much as its scale
-says. The last two terms are what guidance w changes in the base model, as for the variants. The file has diffusers' names.
+says. The last two terms are what guidance w changes in the base model, as for the variants. The file and
+what is in it have diffusers' names.
 """
 
 import random
@@ -63,7 +64,8 @@ def run(folder: Path, base: Flux, student: Flux, steps: int | None, minutes: flo
     def show() -> tuple[list, list[str]]:
         return generate(student, PROMPTS, steps=16, progress=False), PROMPTS
 
-    train_lora(folder, student, changes, loss, show, steps=steps, minutes=minutes, lr=lr, seed=7, write=write_lora)
+    train_lora(folder, student, changes, loss, show, steps=steps, minutes=minutes, lr=lr, seed=7,
+               file="pytorch_lora_weights.safetensors", write=write_lora)
 
 
 def write_lora(path: Path, changes: dict[str, LowRank], weights: dict[str, Tensor]) -> None:

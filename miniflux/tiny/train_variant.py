@@ -113,7 +113,7 @@ def write_lora(path: Path, changes: dict[str, LowRank], weights: dict[str, Tenso
 
 def train_lora(folder: Path, student: Flux, changes: dict[str, LowRank], loss: Callable[[torch.Generator], Tensor],
                show: Callable[[], tuple[list, list[str]]], *, steps: int | None, minutes: float | None, lr: float, seed: int,
-               write: Callable[[Path, dict[str, LowRank], dict[str, Tensor]], None] = write_lora) -> None:
+               file: str = "lora.safetensors", write: Callable[[Path, dict[str, LowRank], dict[str, Tensor]], None] = write_lora) -> None:
     """Learn the changes of the student's layers. Into the folder: the LoRA, and a sheet of what `show()` paints with it: (pictures,
     captions). Both are of the averaged weights."""
     mmdit = student.mmdit
@@ -124,7 +124,7 @@ def train_lora(folder: Path, student: Flux, changes: dict[str, LowRank], loss: C
         pictures, captions = show()
         mmdit.load_state_dict(now)
         save(contact_sheet([np.asarray(picture) for picture in pictures], captions), folder / "sheet.png", {"step": step})
-        write(folder / "lora.safetensors", changes, ema)
+        write(folder / file, changes, ema)
         return {"sheet": str(folder / "sheet.png")}
 
     train(mmdit, loss, folder, lr=lr, steps=steps, minutes=minutes, seed=seed, on_save=on_save)

@@ -210,3 +210,30 @@ def test_a_single_network_is_found_on_disk_or_in_the_cache(tmp_path, monkeypatch
     assert find_network("owner/net", "ControlNet") == snapshot and find_network(snapshot, "ControlNet") == snapshot
     with pytest.raises(FileNotFoundError, match="the ControlNet nowhere does not exist: expected a file, a folder or a Hub id"):
         find_network("nowhere", "ControlNet")
+
+
+def test_a_shipped_adapter_is_found_by_its_name(tmp_path, monkeypatch):
+    """Its name comes before a folder of that name; nothing else of the package's folder is one."""
+    shipped = tmp_path / "weights"
+    for file in ("tiny/transformer/diffusion_pytorch_model.safetensors", "tiny-neon/pytorch_lora_weights.safetensors",
+                 "tiny-net/diffusion_pytorch_model.safetensors", "tiny-ip/ip_adapter.safetensors", "tiny-canny/lora.safetensors"):
+        (shipped / file).parent.mkdir(parents=True)
+        (shipped / file).touch()
+    monkeypatch.setattr(hub, "SHIPPED", shipped)
+    assert hub.shipped_adapters() == {"tiny-neon": "--lora", "tiny-net": "--controlnet", "tiny-ip": "--ip-adapter"}
+    assert "tiny-net        shipped, for --controlnet" in flux.list_models()
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny-net").mkdir()
+    assert find_network("tiny-net", "ControlNet") == shipped / "tiny-net"
+    assert find_network(Path("tiny-net"), "ControlNet") == find_network("./tiny-net", "ControlNet") == Path("tiny-net")
+    with pytest.raises(FileNotFoundError, match="the ControlNet tiny does not exist: .* or one of tiny-neon, tiny-net, tiny-ip"):
+        find_network("tiny", "ControlNet")
+
+
+def test_of_a_folder_the_usual_file_is_taken_or_else_the_only_one(tmp_path):
+    (tmp_path / "b.safetensors").touch()
+    assert hub.find_file(tmp_path, "LoRA") == hub.find_file(tmp_path / "b.safetensors", "LoRA") == tmp_path / "b.safetensors"
+    (tmp_path / "a.safetensors").touch()
+    with pytest.raises(ValueError, match="has 2 safetensors files: name the LoRA's"):
+        hub.find_file(tmp_path, "LoRA", ["c.safetensors"])
+    assert hub.find_file(tmp_path, "LoRA", ["c.safetensors", "b.safetensors"]) == tmp_path / "b.safetensors"

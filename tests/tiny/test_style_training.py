@@ -22,11 +22,10 @@ def test_the_style_is_a_lora_that_diffusers_adds_alike(tmp_path, monkeypatch):
     monkeypatch.setattr(train_style, "BATCH", 4)
     with torch.enable_grad():
         train.main(["style", "--steps", "10", "--scenes", "8", "--work", str(tmp_path), "--device", "cpu"])
-    file = tmp_path / "style" / "lora.safetensors"
     plain = load("tiny", device="cpu")
-    ours = add_lora(plain, file)
+    ours = add_lora(plain, tmp_path / "style")
     pipeline = FluxPipeline.from_pretrained(SHIPPED / "tiny", torch_dtype=torch.float32)
-    pipeline.load_lora_weights(file)
+    pipeline.load_lora_weights(tmp_path / "style")
     torch.manual_seed(0)
     x, txt, vec, t, w = torch.randn(2, 64, 64), torch.randn(2, 8, 128), torch.randn(2, 128), torch.tensor([0.3, 0.9]), torch.tensor([3.5, 1])
     ids = image_ids(16, 16), text_ids(8)
