@@ -1,13 +1,15 @@
 """Measures what a variant adds: does it fill the hole, follow the edges, keep to the depths, do as it is told, vary? Held-out combinations only.
 
     python -m miniflux.tiny.evaluate_variant fill --model tiny-training/fill
+    python -m miniflux.tiny.evaluate_variant controlnet --model tiny-training/controlnet                   (with the model tiny)
 
     fill      the judge (`judge.py`) finds the object in the hole; the rest differs by so many grey levels
-    canny     edges of the result within 2 pixels of those given, and the other way round: precision, recall, F1
+    canny     edges of the result within 2 pixels of those given, and the other way round: precision, recall, F1; controlnet the same
     depth     the part that differs from the ground is the part that was given as near: intersection over union
     kontext   where the edit changes the picture, the result is twice as near to the scene after as to the one before;
               elsewhere, the peak signal-to-noise ratio to the scene before
-    redux     the judge sees in the result the object, the colour and the ground of the picture that was read
+    redux     the judge sees in the result the object, the colour and the ground of the picture that was read; ip-adapter the same,
+              without a prompt
 
 Each figure stands beside that of the true scene after the autoencoder, which no variant can exceed.
 """
@@ -18,12 +20,16 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from ..adapters.ip_adapter import add_ip_adapter
 from ..cli import Parser
 from ..control import control
+from ..controlnet import load_controlnet
 from ..fill import fill
 from ..flux import Flux, load
+from ..generate import generate
 from ..images import check_number, check_output, save
 from ..kontext_edit import kontext_edit
+from ..networks.controlnet import ControlNet
 from ..redux import redux
 from .edits import EDITS, sample_edit
 from .evaluate import rates, round_trip
@@ -58,8 +64,9 @@ def overlap(picture: np.ndarray, scene: Scene) -> float:
     return float((painted & wanted).sum() / max((painted | wanted).sum(), 1))
 
 
-def measure(flux: Flux, variant: str, count: int, seed: int = 0, steps: int = 28) -> tuple[dict[str, float], np.ndarray]:
-    """The figures of a variant over `count` held-out scenes, painted from seed on; and the pictures."""
+def measure(flux: Flux, variant: str, count: int, seed: int = 0, steps: int = 28, net: ControlNet | None = None
+            ) -> tuple[dict[str, float], np.ndarray]:
+    """The figures of a variant over `count` held-out scenes, painted from seed on; and the pictures. With a net: of the model with it."""
     scenes = [sample_scene(random.Random(seed + i), kind="single", held_out=True) for i in range(count)]
     true = np.stack([render(scene) for scene in scenes])
     given = {"fill": true, "canny": [edges(picture) for picture in true], "depth": [depth_map(scene) for scene in scenes]}[variant]
@@ -67,8 +74,11 @@ def measure(flux: Flux, variant: str, count: int, seed: int = 0, steps: int = 28
     for i in range(0, count, BATCH):
         part, keywords = slice(i, i + BATCH), dict(width=SIDE, height=SIDE, seed=seed + i, steps=steps, progress=False)
         prompts = [scene.caption for scene in scenes[part]]
-        painted += (fill(flux, prompts, list(given[part]), holes[part], **keywords) if variant == "fill"
-                    else control(flux, prompts, list(given[part]), **keywords))
+        if net:
+            painted += generate(flux, prompts, controlnet=(net, list(given[part]), 1.0, 0.0, 1.0, variant), **keywords)
+        else:
+            painted += (fill(flux, prompts, list(given[part]), holes[part], **keywords) if variant == "fill"
+                        else control(flux, prompts, list(given[part]), **keywords))
     pictures, best = np.stack([np.asarray(picture) for picture in painted]), round_trip(flux, true)
     names = [scene.objects[0].name for scene in scenes]
     figures = {"object right": float(np.mean([v.object == name for v, name in zip(judge(pictures), names)])),
@@ -105,10 +115,11 @@ def measure_edits(flux: Flux, count: int, seed: int = 0, steps: int = 28) -> tup
 
 
 def measure_variations(flux: Flux, count: int, seed: int = 0, steps: int = 28) -> tuple[dict[str, float], np.ndarray]:
-    """The same for a model that reads pictures; every second object has another colour than by itself, and is asked for that."""
+    """The same for a model that reads pictures, with Redux or an IP-Adapter; every second object has another colour than by itself."""
     scenes = [sample_scene(random.Random(seed + i), kind="single", coloured=i % 2 == 1, held_out=True) for i in range(count)]
     true = np.stack([render(scene) for scene in scenes])
-    pictures = np.stack([np.asarray(redux(flux, picture, seed=seed + i, steps=steps, progress=False)[0]) for i, picture in enumerate(true)])
+    paint = redux if flux.redux else lambda flux, picture, **keywords: generate(flux, "", ip_image=picture, **keywords)
+    pictures = np.stack([np.asarray(paint(flux, picture, seed=seed + i, steps=steps, progress=False)[0]) for i, picture in enumerate(true)])
     figures = {}
     for suffix, results in (("", pictures), (", at best", round_trip(flux, true))):
         seen = rates(judge(results), scenes)
@@ -126,7 +137,7 @@ def follows(result: np.ndarray, before: np.ndarray, after: np.ndarray) -> tuple[
 
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(prog="python -m miniflux.tiny.evaluate_variant", description="Measure a variant on held-out combinations.")
-    parser.add_argument("variant", choices=[*VARIANTS, "kontext", "redux"], help="what the model is made for")
+    parser.add_argument("variant", choices=[*VARIANTS, "kontext", "redux", "controlnet", "ip-adapter"], help="what the model is made for")
     parser.add_argument("--model", required=True, help="a shipped name or a folder (required)")
     parser.add_argument("--pictures", type=int, default=50, help="how many to paint (default 50)")
     parser.add_argument("--output", default="evaluation.png", help="the contact sheet to write (default evaluation.png)")
@@ -134,11 +145,14 @@ def main(argv: list[str] | None = None) -> None:
     try:
         output = check_output(args.output)
         check_number("--pictures", args.pictures, 1, 100_000, whole=True)
-        flux = load(args.model)
-        if args.variant in VARIANTS:
-            figures, pictures = measure(flux, args.variant, args.pictures)
+        if args.variant == "controlnet":
+            figures, pictures = measure(load("tiny"), "canny", args.pictures, net=load_controlnet(args.model))
+        elif args.variant == "ip-adapter":
+            figures, pictures = measure_variations(add_ip_adapter(load("tiny"), args.model), args.pictures)
+        elif args.variant in VARIANTS:
+            figures, pictures = measure(load(args.model), args.variant, args.pictures)
         else:
-            figures, pictures = (measure_edits if args.variant == "kontext" else measure_variations)(flux, args.pictures)
+            figures, pictures = (measure_edits if args.variant == "kontext" else measure_variations)(load(args.model), args.pictures)
         save(contact_sheet(list(pictures[:32]), [""] * 32), output, {"model": args.model})
     except (ValueError, OSError, torch.OutOfMemoryError) as error:
         parser.error(str(error))

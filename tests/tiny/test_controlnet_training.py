@@ -11,6 +11,7 @@ from miniflux import generate, load, load_controlnet
 from miniflux.controlnet import MODES
 from miniflux.sampling import image_ids, text_ids
 from miniflux.tiny import train, train_controlnet
+from miniflux.tiny.evaluate_variant import measure
 from miniflux.tiny.scenes import render, sample_scene
 from miniflux.tiny.train_controlnet import KINDS, beginning, controlled
 
@@ -47,6 +48,8 @@ def test_the_stage_writes_a_net_that_steers_and_that_diffusers_computes_alike(tm
     flux, picture = load("tiny", device="cpu"), render(sample_scene(random.Random(0)))
     steered, = generate(flux, "a cat", steps=2, progress=False, controlnet=(net, picture, 100.0, 0.0, 1.0, "gray"))
     assert not np.array_equal(steered, generate(flux, "a cat", steps=2, progress=False)[0]) and (folder / "sheet.png").is_file()
+    figures, pictures = measure(flux, "canny", 2, steps=1, net=net)
+    assert pictures.shape == (2, 128, 128, 3) and figures["edge F1, at best"] > 0.8 > figures["edge F1"]        # untrained
 
 
 @pytest.mark.parametrize("kind", KINDS)

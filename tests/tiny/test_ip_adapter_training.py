@@ -13,6 +13,7 @@ from miniflux.adapters.ip_adapter import clip_vectors
 from miniflux.flux import SHIPPED
 from miniflux.images import read_pictures
 from miniflux.tiny import towers, train, train_ip_adapter
+from miniflux.tiny.evaluate_variant import measure_variations
 from miniflux.tiny.export import write_ip_adapter
 from miniflux.tiny.scenes import render, sample_scene
 from miniflux.tiny.train_ip_adapter import Follower, look
@@ -90,6 +91,12 @@ def test_diffusers_follows_the_picture_alike(plain, folder):
     ours = generate(add_ip_adapter(plain, folder), "a fox", ip_image=picture, ip_scale=0.7, steps=4, output="tensor", progress=False)
     without = generate(plain, "a fox", steps=4, output="tensor", progress=False)
     assert (ours - theirs).abs().max() <= 2e-3 and (ours - without).abs().max() > 0.1
+
+
+def test_what_follows_a_picture_is_measured_without_a_prompt(plain, folder):
+    """Untrained, so it cannot be good."""
+    figures, pictures = measure_variations(add_ip_adapter(plain, folder), 4, steps=1)
+    assert pictures.shape == (4, 128, 128, 3) and figures["object right, at best"] >= 0.5 > figures["object right"]
 
 
 def test_a_stage_killed_in_either_step_goes_on_there_to_the_same_bits(tmp_path, quick, monkeypatch):
