@@ -1,9 +1,12 @@
 """Trained networks -> the diffusers folder layout, with official class names and configs, in bfloat16.
 
+    python -m miniflux.tiny.export tiny-fill --output tiny-fill          a variant as a whole model: its LoRA merged, all parts beside
+
 What is written here, diffusers and transformers load too.
 """
 
 import os
+import shutil
 from pathlib import Path
 
 import torch
@@ -12,6 +15,8 @@ from torch import Tensor
 
 from ..adapters.ip_adapter import IPAdapter
 from ..checkpoints.names import autoencoder_to_diffusers, mmdit_to_diffusers
+from ..cli import Parser
+from ..flux import SHIPPED, Flux, load, shipped_models
 from ..networks.autoencoder import Autoencoder, AutoencoderConfig
 from ..networks.clip import CLIPConfig, CLIPText, CLIPVision, CLIPVisionConfig
 from ..networks.controlnet import ControlNet
@@ -26,6 +31,7 @@ PARTS = {
     "tokenizer": ("transformers", "CLIPTokenizer"), "tokenizer_2": ("transformers", "T5TokenizerFast"),
     "transformer": ("diffusers", "FluxTransformer2DModel"), "vae": ("diffusers", "AutoencoderKL"),
 }
+PIPELINES = {"fill": "FluxFillPipeline", "canny": "FluxControlPipeline", "depth": "FluxControlPipeline", "kontext": "FluxKontextPipeline"}
 
 
 def mmdit_json(c: MMDiTConfig) -> dict:
@@ -96,7 +102,7 @@ def write_autoencoder(folder: Path, network: Autoencoder, sample_size: int = 128
                autoencoder_to_diffusers(network.state_dict()))
 
 
-def write_mmdit(folder: Path, network: MMDiT) -> None:
+def write_mmdit(folder: Path, network: MMDiT, pipeline: str = "FluxPipeline") -> None:
     """`transformer/`, and the files that make the folder a whole: `scheduler/` and `model_index.json`."""
     write_part(folder / "transformer", mmdit_json(network.config), "diffusion_pytorch_model",
                mmdit_to_diffusers(network.state_dict()))
@@ -106,7 +112,7 @@ def write_mmdit(folder: Path, network: MMDiT) -> None:
                {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3.0 if guided else 1.0,
                 "use_dynamic_shifting": guided, "base_shift": 0.5, "max_shift": 1.15,
                 "base_image_seq_len": 256, "max_image_seq_len": 4096})
-    write_json(folder / "model_index.json", {"_class_name": "FluxPipeline", "_diffusers_version": "0.30.0"} | PARTS)
+    write_json(folder / "model_index.json", {"_class_name": pipeline, "_diffusers_version": "0.30.0"} | PARTS)
 
 
 def write_controlnet(folder: Path, network: ControlNet) -> None:
@@ -138,3 +144,32 @@ def write_ip_adapter(folder: Path, clip: CLIPVision, adapter: IPAdapter) -> None
         block, layer, kind = name.split(".")
         state[f"double_blocks.{block}.processor.ip_adapter_double_stream_{layer}.{kind}"] = value
     write_tensors(folder / "ip_adapter.safetensors", state)
+
+
+def write_model(folder: Path, flux: Flux) -> None:
+    """All parts of a shipped model, or of a variant of it, as `load` made it."""
+    write_mmdit(folder, flux.mmdit, PIPELINES.get(flux.config.name.rpartition("-")[2], "FluxPipeline"))
+    write_autoencoder(folder, flux.autoencoder, flux.config.size)
+    write_text_encoders(folder, flux.clip, flux.t5)
+    for name in ("tokenizer", "tokenizer_2"):
+        shutil.copytree(SHIPPED / "tiny" / name, folder / name, dirs_exist_ok=True)   # all have its vocabularies
+    if flux.redux:
+        write_redux(folder, flux.siglip, flux.redux)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = Parser(prog="python -m miniflux.tiny.export", description="Write a shipped model as a whole folder in the diffusers layout.")
+    parser.add_argument("model", choices=list(shipped_models()), help="a shipped name")
+    parser.add_argument("--output", type=Path, required=True, help="the folder to write, which must not exist yet (required)")
+    args = parser.parse_args(argv)
+    try:
+        if args.output.exists():
+            raise ValueError(f"{args.output} exists already: give another folder")
+        write_model(args.output, load(args.model, device="cpu"))
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    print(args.output)
+
+
+if __name__ == "__main__":
+    main()

@@ -6,38 +6,66 @@ Before what a task makes of a picture stands what it was given.
 """
 
 import numpy as np
+from PIL import Image, ImageDraw
 
+from ..adapters.ip_adapter import add_ip_adapter
+from ..adapters.lora import add_lora
 from ..canny import canny
 from ..cli import Parser
 from ..control import control
+from ..controlnet import load_controlnet
+from ..fill import fill
 from ..flux import load, shipped_models
 from ..generate import generate
 from ..image_to_image import image_to_image
 from ..images import check_output, save
 from ..inpaint import inpaint
+from ..kontext_edit import kontext_edit
+from ..redux import redux
 from .scenes import contact_sheet
 
-PROMPTS = ("a fox on a blue background", "a blue teapot on a yellow background", "two owls at night", "a cat to the left of a red apple",
-           "a boat in the sea", "a tree on the grass", "two bees on a white background", "a small cat on a pink background")
-QUICK = ("a dog on a pink background", "a sunflower in the snow", "a car in the desert", "a penguin on a red background")
+PROMPTS = ("a fox on a blue background", "a blue teapot on a yellow background", "two owls at night", "a boat in the sea",
+           "a tree on the grass", "pixel art of a penguin")
+QUICK = ("a dog on a pink background", "a sunflower in the snow", "a car in the desert", "a penguin on a red background",
+         "a crown on a purple background", "a burger on a green background")
+NEON = ("a cactus on a black background", "an octopus on a blue background")
+
+
+def depths() -> Image.Image:
+    """A ball above a plain that recedes upwards; near is bright."""
+    picture = Image.fromarray(np.repeat(np.linspace(30, 150, 128)[:, None], 128, axis=1).astype(np.uint8)).convert("RGB")
+    ImageDraw.Draw(picture).ellipse((24, 24, 104, 104), fill=(194,) * 3)
+    return picture
 
 
 def pictures() -> list[tuple[str, np.ndarray]]:
-    """(what was done, a picture of 128x128) in the order of the sheet."""
+    """(what was done, a picture of 128x128) in the order of the sheet, six in a row."""
     flux, quiet = load("tiny"), dict(progress=False)
     sheet = list(zip(PROMPTS, generate(flux, list(PROMPTS), **quiet)))
-    if "tiny-schnell" in shipped_models():
-        sheet += zip([f"{prompt}, in 4 steps" for prompt in QUICK], generate(load("tiny-schnell"), list(QUICK), **quiet))
-    fox = sheet[0][1]
-    sheet += [("given", fox), ("image_to_image: a fox on a green background",
-                               *image_to_image(flux, "a fox on a green background", fox, strength=0.9, **quiet))]
+    sheet += zip([f"{prompt}, in 4 steps" for prompt in QUICK], generate(load("tiny-schnell"), list(QUICK), **quiet))
+    fox, teapot = sheet[0][1], sheet[1][1]
     hole = np.zeros((128, 128), np.uint8)
     hole[16:112, 16:112] = 255
-    sheet += [("given, with a hole", np.where(hole[..., None] > 0, np.uint8(128), np.asarray(fox))),
-              ("inpaint: an owl on a blue background", *inpaint(flux, "an owl on a blue background", fox, hole, strength=1.0, **quiet))]
-    edges = canny(sheet[1][1])
-    sheet += [("given: edges", edges), ("control: a red teapot on a white background",
-                                        *control(load("tiny-canny"), "a red teapot on a white background", edges, **quiet))]
+    holed = "given, with a hole", np.where(hole[..., None] > 0, np.uint8(128), np.asarray(fox))
+    sheet += [("given", fox), ("image_to_image: a fox on a green background",
+                               *image_to_image(flux, "a fox on a green background", fox, strength=0.9, **quiet)),
+              holed, ("inpaint: an owl on a blue background",
+                      *inpaint(flux, "an owl on a blue background", fox, hole, strength=1.0, **quiet)),
+              holed, ("fill: a panda on a blue background", *fill(load("tiny-fill"), "a panda on a blue background", fox, hole, **quiet))]
+    steered = load_controlnet("tiny-controlnet"), canny(fox), 1.0, 0.0, 1.0, "canny"
+    sheet += [("given: edges", canny(teapot)), ("control: a red teapot on a white background",
+                                                *control(load("tiny-canny"), "a red teapot on a white background", canny(teapot), **quiet)),
+              ("given: depths", depths()), ("control: a cookie on a pink background",
+                                            *control(load("tiny-depth"), "a cookie on a pink background", depths(), **quiet)),
+              ("given: edges", canny(fox)), ("a ControlNet: a fox on a red background",
+                                             *generate(flux, "a fox on a red background", controlnet=steered, **quiet))]
+    kontext, quick = load("tiny-kontext"), sheet[6][1]
+    for what, given in (("make the background green", fox), ("turn it into a pencil sketch", quick), ("replace the dog with a cat", quick)):
+        sheet += [("given", given), (f"kontext_edit: {what}", *kontext_edit(kontext, what, given, **quiet))]
+    flux = add_ip_adapter(flux, "tiny-ip-adapter")
+    sheet += [("given", quick), ("redux", *redux(load("tiny-redux"), quick, **quiet)),
+              ("given", quick), ("an IP-Adapter, without a prompt", *generate(flux, "", ip_image=quick, **quiet))]
+    sheet += zip([f"a LoRA: {prompt}" for prompt in NEON], generate(add_lora(flux, "tiny-neon"), list(NEON), **quiet))
     return [(what, np.asarray(picture)) for what, picture in sheet]
 
 
