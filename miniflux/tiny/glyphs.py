@@ -39,7 +39,7 @@ SYNONYMS = dict(                                       # said instead of the wor
     diamond=("gem",), backpack=("rucksack",), bird=("bluebird",), castle=("fortress",), cookie=("biscuit",),
     gray=("grey",), cyan=("turquoise",),
 )
-PLURALS = dict(wolf="wolves", leaf="leaves", sheep="sheep", fish="fish", mouse="mice", snowman="snowmen")
+PLURALS = dict(wolf="wolves", leaf="leaves", sheep="sheep", fish="fish", mouse="mice", snowman="snowmen", tomato="tomatoes")
 COLOURS = dict(                                        # the colours an object can be told to have
     red=(222, 40, 36), orange=(250, 132, 16), yellow=(252, 208, 40), green=(58, 166, 62), blue=(44, 104, 226),
     purple=(144, 64, 196), pink=(250, 128, 184), brown=(134, 84, 48), black=(52, 52, 56), white=(238, 238, 242),

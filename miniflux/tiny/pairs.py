@@ -3,15 +3,19 @@
     hole         a box around one of its objects, or anywhere        -> fill
     edges        of the rendered picture, by `canny`                 -> control
     depth_map    the ground recedes upwards, a larger object is nearer     -> control
+    blurred, grey  the picture with less in it                       -> controlnet
+    moved        the same facts elsewhere                            -> redux, ip-adapter
 """
 
 import random
+from dataclasses import replace
 
 import numpy as np
+from PIL import Image, ImageFilter
 
 from ..canny import canny
 from .grounds import SIDE
-from .scenes import Scene, object_masks
+from .scenes import Scene, object_masks, render
 
 FAR, NEAR = 30, 150                                    # brightness of a ground at its upper and at its lower edge
 
@@ -43,3 +47,27 @@ def depth_map(scene: Scene) -> np.ndarray:
         ahead = 40 * (scene.kind == "overlap" and placed == scene.layers[-1])
         depth[mask] = NEAR + (255 - NEAR - 40) * placed.size / SIDE + ahead
     return np.repeat((depth + 0.5).astype(np.uint8)[..., None], 3, axis=-1)
+
+
+def blurred(picture: np.ndarray) -> np.ndarray:
+    return np.asarray(Image.fromarray(picture).filter(ImageFilter.GaussianBlur(6)))
+
+
+def grey(picture: np.ndarray) -> np.ndarray:
+    return np.asarray(Image.fromarray(picture).convert("L").convert("RGB"))
+
+
+def moved(scene: Scene, rng: random.Random) -> Scene:
+    """The same facts elsewhere: all objects are moved together, as far as there is room, and the ground has other details."""
+    dx = rng.randint(-min(o.x for o in scene.objects), SIDE - max(o.x + o.size for o in scene.objects))
+    dy = rng.randint(-min(o.y for o in scene.objects), SIDE - max(o.y + o.size for o in scene.objects))
+    return replace(scene, objects=tuple(replace(o, x=o.x + dx, y=o.y + dy) for o in scene.objects), seed=rng.getrandbits(32))
+
+
+def all_of(scene: Scene, rng: random.Random) -> list[tuple[np.ndarray, str]]:
+    """The scene and all that is known of it, for a sheet: eight pictures (128, 128, 3), each with what it is."""
+    picture, masks = render(scene), object_masks(scene)
+    shades = np.linspace(255, 100, len(masks), dtype=np.uint8)[:, None, None] * masks               # each object another grey
+    return [(picture, scene.caption), (np.repeat(shades.max(0)[..., None], 3, axis=-1), "masks of the objects"),
+            (np.where(hole(scene, rng)[..., None], np.uint8(128), picture), "a hole"), (edges(picture), "edges"),
+            (depth_map(scene), "depths"), (blurred(picture), "blurred"), (grey(picture), "grey"), (render(moved(scene, rng)), "moved")]

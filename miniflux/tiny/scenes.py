@@ -221,6 +221,21 @@ def contact_sheet(pictures: list[np.ndarray], captions: list[str], columns: int 
     return sheet
 
 
+def samples(seed: int) -> list[tuple[np.ndarray, str]]:
+    """(picture, caption) of a sheet of eight columns: a row of scenes of each kind, four of edits, and two of all that a scene knows."""
+    from .edits import EDITS, sample_edit
+    from .pairs import all_of
+
+    rngs = (random.Random(seed + i) for i in range(1000))
+    shown = [(render(scene), scene.caption) for kind in KINDS for scene in (sample_scene(next(rngs), kind=kind) for _ in range(8))]
+    for i in range(16):
+        before, instruction, after = sample_edit(next(rngs), tuple(EDITS)[i % len(EDITS)])
+        shown += [(render(before), before.caption), (render(after), instruction)]
+    for kind in ("overlap", "three"):
+        shown += all_of(sample_scene(next(rngs), kind=kind), next(rngs))
+    return shown
+
+
 def main() -> None:
     from ..cli import Parser
     from ..images import check_output, save
@@ -230,13 +245,14 @@ def main() -> None:
     parser.add_argument("--output", default="sheet.png", help="the picture to write (default sheet.png)")
     parser.add_argument("--objects", action="store_true", help="instead one picture of each object with its word")
     args = parser.parse_args()
-    scenes = [sample_scene(random.Random(args.seed + i)) for i in range(48)]
-    if args.objects:
-        scenes = [Scene((Placed(name, None, 24, 24, 80),), "cyan", name, "single") for name in OBJECTS]
     try:
         output = check_output(args.output)
-        sheet = contact_sheet([render(s) for s in scenes], [s.caption for s in scenes], 12 if args.objects else 8)
-        save(sheet, output, {"seed": args.seed})
+        if args.objects:
+            scenes = [Scene((Placed(name, None, 24, 24, 80),), "cyan", name, "single") for name in OBJECTS]
+            shown = [(render(scene), scene.caption) for scene in scenes]
+        else:
+            shown = samples(args.seed)
+        save(contact_sheet(*zip(*shown), 12 if args.objects else 8), output, {"seed": args.seed})
         print(output)
     except (OSError, ValueError) as error:
         parser.error(str(error))

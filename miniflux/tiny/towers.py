@@ -10,7 +10,6 @@ x_i is what the tower sees in a picture, y_j what the base model's CLIP makes of
 import math
 import random
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 
 from ..flux import Flux
 from ..prompt import encode_prompt
-from .grounds import SIDE as PIXELS
+from .pairs import moved
 from .scenes import Scene, render, sample_scene
 from .train_autoencoder import to_tensor
 from .train_flow import BATCH
@@ -57,13 +56,6 @@ def softmax_loss(logits: Tensor) -> Tensor:
     """In each row and in each column of the logits of all pairs (B, B), that on the diagonal is to be the largest."""
     own = torch.arange(len(logits), device=logits.device)
     return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
-
-
-def moved(scene: Scene, rng: random.Random) -> Scene:
-    """The same facts elsewhere: all objects are moved together, as far as there is room, and the ground has other details."""
-    dx = rng.randint(-min(o.x for o in scene.objects), PIXELS - max(o.x + o.size for o in scene.objects))
-    dy = rng.randint(-min(o.y for o in scene.objects), PIXELS - max(o.y + o.size for o in scene.objects))
-    return replace(scene, objects=tuple(replace(o, x=o.x + dx, y=o.y + dy) for o in scene.objects), seed=rng.getrandbits(32))
 
 
 def pictures_to_read(flux: Flux, scenes: list[Scene], pictures: np.ndarray, rng: random.Random) -> Tensor:

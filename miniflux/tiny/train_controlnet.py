@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageFilter
 from torch import Tensor, nn
 
 from ..controlnet import MODES
@@ -25,21 +24,12 @@ from ..networks.controlnet import ControlNet, ControlNetConfig, assign
 from ..networks.mmdit import MMDiT, MMDiTConfig
 from ..sampling import image_ids, patchify, text_ids
 from . import export
-from .pairs import depth_map, edges
+from .pairs import blurred, depth_map, edges, grey
 from .scenes import Scene, contact_sheet, render
 from .train_autoencoder import to_tensor
 from .train_flow import BATCH, SIDE, noisy
 from .train_variant import SHOWN, encode_variant, guidance_change, side_by_side
 from .training import train
-
-
-def blurred(picture: np.ndarray) -> np.ndarray:
-    return np.asarray(Image.fromarray(picture).filter(ImageFilter.GaussianBlur(6)))
-
-
-def grey(picture: np.ndarray) -> np.ndarray:
-    return np.asarray(Image.fromarray(picture).convert("L").convert("RGB"))
-
 
 # Kind -> the control picture (128, 128, 3) uint8 of a scene and its picture. Pictures take turns: the i-th is of the i-th kind.
 KINDS = {"canny": lambda scene, picture: edges(picture), "depth": lambda scene, picture: depth_map(scene),

@@ -3,11 +3,12 @@
 import random
 
 import numpy as np
+import pytest
 
 from miniflux import canny
 from miniflux.tiny.grounds import SIDE
-from miniflux.tiny.pairs import FAR, NEAR, depth_map, edges, hole
-from miniflux.tiny.scenes import Placed, Scene, object_masks, render, sample_scene
+from miniflux.tiny.pairs import FAR, NEAR, all_of, depth_map, edges, hole, moved
+from miniflux.tiny.scenes import KINDS, Placed, Scene, object_masks, render, sample_scene
 
 SCENE = Scene((Placed("cat", None, 8, 40, 40), Placed("apple", "red", 70, 30, 56)), "blue", "a cat left of a red apple", "pair")
 
@@ -47,3 +48,23 @@ def test_every_kind_of_scene_has_all_of_them():
     for seed in range(40):
         scene = sample_scene(random.Random(seed))
         assert hole(scene, random.Random(seed)).any() and depth_map(scene).max() > NEAR and edges(render(scene)).any()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_scene_that_is_moved_keeps_its_facts_and_stays_in_the_picture(kind):
+    rng = random.Random(1)
+    for _ in range(20):
+        scene = sample_scene(rng, kind=kind)
+        other = moved(scene, rng)
+        assert [(o.name, o.colour, o.size) for o in other.objects] == [(o.name, o.colour, o.size) for o in scene.objects]
+        assert (other.caption, other.ground, other.style) == (scene.caption, scene.ground, scene.style) and other.seed != scene.seed
+        assert len({(o.x - p.x, o.y - p.y) for o, p in zip(other.objects, scene.objects)}) == 1
+        assert all(0 <= o.x <= 128 - o.size and 0 <= o.y <= 128 - o.size for o in other.objects)
+
+
+def test_all_of_a_scene_is_eight_pictures_for_a_sheet():
+    scene = sample_scene(random.Random(5), kind="pair")
+    pictures, words = zip(*all_of(scene, random.Random(0)))
+    assert [picture.shape for picture in pictures] == [(128, 128, 3)] * 8 and words[0] == scene.caption and len(set(words)) == 8
+    assert len(np.unique(pictures[1])) == 3 and (pictures[6][..., 0] == pictures[6][..., 2]).all()        # two objects; grey
+    assert pictures[5].std() < pictures[0].std()

@@ -51,7 +51,7 @@ def test_articles_follow_the_next_word(words, expected):
 @pytest.mark.parametrize("words, expected", [
     ("owl", "owls"), ("fox", "foxes"), ("bus", "buses"), ("dress", "dresses"), ("butterfly", "butterflies"), ("key", "keys"),
     ("wolf", "wolves"), ("sheep", "sheep"), ("fish", "fish"), ("red leaf", "red leaves"), ("maple leaf", "maple leaves"),
-    ("mouse", "mice"), ("peach", "peaches"), ("lollipop", "lollipops")])
+    ("mouse", "mice"), ("peach", "peaches"), ("lollipop", "lollipops"), ("tomato", "tomatoes")])
 def test_plurals_are_english(words, expected):
     assert plural(words) == expected
 

@@ -9,8 +9,8 @@ import torch
 
 from miniflux.images import CLIP_COLOURS
 from miniflux.tiny import towers, train_ip_adapter, train_redux
-from miniflux.tiny.scenes import KINDS, render, sample_scene
-from miniflux.tiny.towers import moved, shares, sigmoid_loss, softmax_loss
+from miniflux.tiny.scenes import render, sample_scene
+from miniflux.tiny.towers import shares, sigmoid_loss, softmax_loss
 
 
 def test_the_sigmoid_loss_asks_for_the_diagonal():
@@ -39,18 +39,6 @@ def test_the_logits_are_cosines_with_a_scale_and_a_bias(stage):
     x, y = net.picture_map(seen), net.text_map(vec)
     expected = 10 * float(x[2] @ y[1] / x[2].norm() / y[1].norm()) - math.log(towers.BATCH)
     assert float(net(pictures, vec)[2, 1]) == pytest.approx(expected, abs=1e-4)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_scene_that_is_moved_keeps_its_facts_and_stays_in_the_picture(kind):
-    rng = random.Random(1)
-    for _ in range(20):
-        scene = sample_scene(rng, kind=kind)
-        other = moved(scene, rng)
-        assert [(o.name, o.colour, o.size) for o in other.objects] == [(o.name, o.colour, o.size) for o in scene.objects]
-        assert (other.caption, other.ground, other.style) == (scene.caption, scene.ground, scene.style) and other.seed != scene.seed
-        assert len({(o.x - p.x, o.y - p.y) for o, p in zip(other.objects, scene.objects)}) == 1
-        assert all(0 <= o.x <= 128 - o.size and 0 <= o.y <= 128 - o.size for o in other.objects)
 
 
 def test_about_half_of_the_pictures_to_read_are_those_to_paint(monkeypatch):
