@@ -27,7 +27,7 @@ OPTIONAL = os.environ.get("MINIFLUX_REQUIRE_NATIVE") != "1"
 NVCC = shutil.which("nvcc")
 # A100, H100, RTX 50, and code that newer ones translate. What does not fit into registers would be slow: it is an error.
 CUDA_FLAGS = ["-O3", "-std=c++17", "--threads=0", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Werror=all-warnings", "-Xptxas=-warn-spills",
-              "-Xptxas=-warn-lmem-usage", *(f"-gencode=arch=compute_{n},code=sm_{n}" for n in (80, 90)),
+              "-Xptxas=-warn-lmem-usage", *(f"-gencode=arch=compute_{n},code=sm_{n}" for n in ("80", "90a")),
               "-gencode=arch=compute_120,code=[sm_120,compute_120]"]
 
 

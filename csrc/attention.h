@@ -7,7 +7,7 @@
 //     D  channels of a head, an even number
 //
 // The same mathematics in Python: miniflux/networks/attention.py. Read on in reference.cpp, then in cpu/attention.cpp or, step by step,
-// in cuda/: norm_rope.cuh, naive.cuh, tiles.cuh, mma.cuh.
+// in cuda/: norm_rope.cuh, naive.cuh, tiles.cuh, mma.cuh, wgmma.cuh.
 
 #pragma once
 

@@ -53,7 +53,8 @@ def measure(shape: tuple[int, int, int, int], device: str, dtype: torch.dtype, s
         names.remove("formula")                                                 # which keeps every score: 24 x 4608 x 4608 and more
     ways = {name: partial(attention, backend=name) for name in names}
     if device == "cuda" and native.refusal(qkv) is None:
-        ways |= {name: partial(native.attend, kernel=name) for name in native.RUNGS}
+        ways |= {name: partial(native.attend, kernel=name) for name in native.RUNGS
+                 if name != "wgmma" or torch.cuda.get_device_capability() == (9, 0)}
     scratch = qkv.clone()                                                       # norm_rope overwrites what it is given
     q, k, v = qkv.clone().permute(2, 0, 3, 1, 4)
     calls: dict[str, Callable[[], Tensor]] = {"diffusers": diffusers_chain(qkv, pe, image, text, L),

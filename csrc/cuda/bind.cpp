@@ -19,6 +19,7 @@ template <typename T> static void offer(py::module_& module, const std::string& 
     module.def(("naive_" + type).c_str(), call<T, naive<T>>);
     module.def(("tiles_" + type).c_str(), call<T, tiles<T>>);
     module.def(("mma_" + type).c_str(), call<T, mma<T>>);
+    module.def(("wgmma_" + type).c_str(), call<T, wgmma<T>>);
     module.def(("attention_" + type).c_str(), call<T, attention<T>>);
 }
 

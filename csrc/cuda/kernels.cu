@@ -1,5 +1,7 @@
 // Starts the kernels: how many blocks of how many threads, and for how wide a head.
 
+#include <cudaTypedefs.h>
+
 #include <stdexcept>
 
 #include "kernels.h"
@@ -7,6 +9,7 @@
 #include "naive.cuh"
 #include "norm_rope.cuh"
 #include "tiles.cuh"
+#include "wgmma.cuh"
 
 constexpr int THREADS = 256;                           // 8 warps
 
@@ -64,6 +67,45 @@ template <typename T> void mma(const Problem<T>& p, void* stream) {
     }
 }
 
+// How tiles of WGMMA_KEYS tokens and PANEL channels lie in a tensor. The driver is asked by name, so that nothing has to be linked to it.
+template <typename T> static TileMap tile_map(const Rows<T>& x, const Problem<T>& p) {
+    void* encode = nullptr;
+    cudaDriverEntryPointQueryResult found;
+    check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &encode, 12000, cudaEnableDefault, &found));
+    if (!encode) throw std::runtime_error("wgmma needs a driver for CUDA 12 or newer");
+    cuuint64_t sizes[4] = {cuuint64_t(p.D), cuuint64_t(p.S), cuuint64_t(p.H), cuuint64_t(p.B)};
+    cuuint64_t steps[3] = {cuuint64_t(x.token * 2), cuuint64_t(x.head * 2), cuuint64_t(x.batch * 2)};           // in bytes
+    cuuint32_t tile[4] = {PANEL, WGMMA_KEYS, 1, 1}, every[4] = {1, 1, 1, 1};
+    auto type = is_half<T> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+    TileMap map;
+    auto result = reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(encode)(
+        &map, type, 4, x.data, sizes, steps, tile, every, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+        CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    if (result != CUDA_SUCCESS) throw std::runtime_error("the driver cannot copy tiles of this tensor: error " + std::to_string(result));
+    return map;
+}
+
+template <typename T> void wgmma(const Problem<T>& p, void* stream) {
+    int device, major, minor;
+    check(cudaGetDevice(&device));
+    check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+    check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
+    if (major != 9 || minor != 0)
+        throw std::runtime_error("wgmma needs an H100 or its like, of compute capability 9.0; this GPU has " + std::to_string(major) + "." +
+                                 std::to_string(minor));
+    if (!mma_takes(p) || p.D < PANEL)
+        throw std::runtime_error("wgmma takes float16 and bfloat16, heads of 64 or 128 channels, and rows at multiples of 16 bytes");
+    if constexpr (sizeof(T) == 2) {
+        norm_rope_of(1, p, stream);
+        auto kernel = p.D == 64 ? attention_wgmma<T, 64> : attention_wgmma<T, 128>;
+        dim3 grid(blocks(p.S, CONSUMERS * WGMMA_QUERIES), unsigned(p.H), unsigned(p.B));
+        check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, wgmma_bytes(int(p.D))));
+        kernel<<<grid, WGMMA_THREADS, wgmma_bytes(int(p.D)), cudaStream_t(stream)>>>(p, tile_map(p.k, p), tile_map(p.v, p));
+        check(cudaGetLastError());
+    }
+}
+
+// Note: wgmma has not been measured yet: it runs where it is asked for by name.
 template <typename T> void attention(const Problem<T>& p, void* stream) { mma_takes(p) ? mma(p, stream) : tiles(p, stream); }
 
 #define OFFER(T) \
@@ -71,6 +113,7 @@ template <typename T> void attention(const Problem<T>& p, void* stream) { mma_ta
     template void naive(const Problem<T>&, void*); \
     template void tiles(const Problem<T>&, void*); \
     template void mma(const Problem<T>&, void*); \
+    template void wgmma(const Problem<T>&, void*); \
     template void attention(const Problem<T>&, void*);
 OFFER(float)
 OFFER(__half)

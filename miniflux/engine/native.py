@@ -3,10 +3,10 @@
     python -m miniflux.engine.native        what is built, what is used on this machine, and why not the rest
 
 `miniflux._cpu` (csrc/cpu) computes norm, rotation and attention in one call, and the layers between the attentions of a small
-network. `miniflux._cuda` (csrc/cuda) has a ladder of kernels for the former, from `naive` over `tiles` to `mma`, of which `attention`
-is the highest that takes the tensors: `mma` for float16 and bfloat16 with heads of 32, 64 or 128 channels. Both are built when the
-package is installed, where there is a compiler; without them PyTorch's own operations do the same. `networks.attention` and
-`networks.layers` choose; the former checks what it hands over.
+network. `miniflux._cuda` (csrc/cuda) has a ladder of kernels for the former, from `naive` over `tiles` and `mma` to `wgmma`, for an H100.
+Of the first three `attention` is the highest that takes the tensors: `mma` for float16 and bfloat16 with heads of 32, 64 or 128 channels.
+Both are built when the package is installed, where there is a compiler; without them PyTorch's own operations do the same.
+`networks.attention` and `networks.layers` choose; the former checks what it hands over.
 
 Tensors: qkv (B, S, 3, H, D) float32 or bfloat16, pe (S, D/2, 2, 2) float32, image and text (2, D): the scales of queries
 and keys; those of text are for the first L rows.
@@ -58,7 +58,7 @@ def needs_gradients(qkv: Tensor, image: Tensor, text: Tensor) -> bool:
     return torch.is_grad_enabled() and (qkv.requires_grad or image.requires_grad or text.requires_grad)
 
 
-RUNGS = ("naive", "tiles", "mma")                          # of the CUDA ladder, for `attend`
+RUNGS = ("naive", "tiles", "mma", "wgmma")                 # of the CUDA ladder, for `attend`
 
 
 def call(kernel: str, qkv: Tensor, pe: Tensor, image: Tensor, text: Tensor, L: int, out: Tensor) -> None:

@@ -20,6 +20,9 @@ SHAPES = [((1, 1, 1, 2), 0), ((2, 2, 33, 16), 5), ((1, 2, 31, 48), 31), ((1, 1, 
 # around a block's 128 queries, a warp's 32, and tiles of 64 keys, or 32 where D is 128
 MMA_SHAPES = [((1, 1, 1, 32), 0), ((2, 2, 65, 32), 5), ((1, 1, 130, 32), 130), ((1, 2, 64, 64), 64), ((1, 1, 129, 64), 9),
               ((1, 1, 16, 64), 0), ((1, 2, 33, 128), 31), ((2, 1, 32, 128), 0), ((1, 1, 97, 128), 40)]
+# around a group's 64 queries, a block's 128, tiles of 128 keys, and the ring of two of them
+WGMMA_SHAPES = [((1, 1, 1, 64), 0), ((2, 2, 65, 64), 5), ((1, 2, 128, 64), 128), ((1, 1, 390, 64), 9), ((1, 1, 17, 128), 0),
+                ((1, 2, 129, 128), 40), ((2, 1, 300, 128), 31)]
 BOUNDS = {torch.bfloat16: 4e-3, torch.float16: 5e-4}                            # of what is rounded to 16 bits on its way
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None or not (ROOT / "csrc").is_dir(), reason="there is no g++, or no source here")
@@ -37,7 +40,9 @@ def build(folder: Path, change: tuple[str, str, str] | None = None, *flags: str)
     library = folder / "kernels.so"
     subprocess.run(["g++", "-std=c++17", "-O1", "-fno-strict-aliasing", "-shared", "-fPIC", "-x", "c++", f"-I{source}", *flags,
                     str(ROOT / "tests" / "engine" / "emulator" / "kernels.cpp"), "-o", str(library)], check=True)
-    return ctypes.CDLL(str(library))
+    loaded = ctypes.CDLL(str(library))
+    loaded.error.restype = ctypes.c_char_p
+    return loaded
 
 
 def problem(shape, dtype=torch.float32):
@@ -66,7 +71,7 @@ def run(library, kernel: str, qkv, pe, image, text, L: int, hasty: bool = False)
     ended = getattr(library, name if hasattr(library, name) else "only")(
         kernel.encode(), *state(inside, text, image, pe, out, L), ctypes.c_bool(hasty))
     intact = torch.equal(inside[:, :, 2], qkv[:, :, 2]) and out[B * S:].isnan().all() and rows[:, S:].isnan().all()
-    if kernel == "mma":
+    if kernel in ("mma", "wgmma"):
         intact &= torch.equal(inside[:, :, 0], qkv[:, :, 0])                    # it turns queries when it has read them
     return None if not ended or not intact else inside if kernel == "norm_rope" else out[:B * S].view(B, S, -1)
 
@@ -120,6 +125,15 @@ def test_tensor_cores_compute_the_formula_and_no_bank_of_shared_memory_is_asked_
     assert library.conflicts() == 0
 
 
+@pytest.mark.parametrize("hasty", [False, True], ids=["late", "hasty"])
+@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
+@pytest.mark.parametrize("shape, L", WGMMA_SHAPES, ids=str)
+def test_groups_of_warps_compute_the_formula(library, shape, L, dtype, hasty):
+    """Whether copies and products happen at once or at the last moment."""
+    tensors = problem(shape, dtype)
+    assert error(run(library, "wgmma", *tensors, L, hasty), expected("wgmma", *tensors, L), 2) < BOUNDS[dtype], library.error()
+
+
 def test_tensor_cores_take_what_comes_in_pieces_of_16_bytes_and_leave_the_rest_to_tiles(library):
     def takes(D=64, dtype=torch.bfloat16, gap=0, offset=0):
         qkv, pe, image, text = problem((1, 1, 3, D), dtype)
@@ -131,11 +145,12 @@ def test_tensor_cores_take_what_comes_in_pieces_of_16_bytes_and_leave_the_rest_t
     assert not any([takes(48), takes(96), takes(256), takes(dtype=torch.float32), takes(gap=4), takes(offset=1)])
 
 
-@pytest.mark.parametrize("kernel, dtype", [("naive", torch.float32), ("tiles", torch.float32), ("mma", torch.float16)], ids=str)
+@pytest.mark.parametrize("kernel, dtype", [("naive", torch.float32), ("tiles", torch.float32), ("mma", torch.float16),
+                                           ("wgmma", torch.bfloat16)], ids=str)
 def test_a_number_that_is_none_spoils_its_own_head_only(library, kernel, dtype):
-    qkv, *others = problem((1, 2, 40, 32), dtype)
+    qkv, *others = problem((1, 2, 40, 64), dtype)
     qkv[0, 3, 1, 0, 5] = torch.nan                                              # a key of the first head
-    out = run(library, kernel, qkv, *others, 0).view(1, 40, 2, 32)
+    out = run(library, kernel, qkv, *others, 0).view(1, 40, 2, 64)
     assert out[:, :, 0].isnan().all() and out[:, :, 1].isfinite().all()
 
 
@@ -189,6 +204,51 @@ MMA_MISTAKES = {
     "text ends one token later": MISTAKES["text ends one token later"],
 }
 
+WAIT_KEYS, WAIT_VALUES = "wait(full + buffer, phase);", "wait(full + buffer + 1, phase);"
+FREE_KEYS, FREE_VALUES = "if (lane == 0) arrive(empty + buffer);", "if (lane == 0) arrive(empty + buffer + 1);"
+WGMMA_MISTAKES = {
+    "nobody waits for the keys": ("wgmma.cuh", WAIT_KEYS, ""),
+    "nobody waits for the values": ("wgmma.cuh", WAIT_VALUES, ""),
+    "the values waited for are the keys": ("wgmma.cuh", WAIT_VALUES, WAIT_KEYS),
+    "the phases change every round too early": ("wgmma.cuh", "phase = i / BUFFERS % 2", "phase = (i + 2) / BUFFERS % 2"),
+    "the phase is always the first": ("wgmma.cuh", "phase = i / BUFFERS % 2", "phase = 0"),
+    "nobody waits for empty buffers": ("wgmma.cuh", "wait(empty + buffer, i / BUFFERS % 2 ^ 1);", ""),
+    "the producer waits for what is empty at first": ("wgmma.cuh", "i / BUFFERS % 2 ^ 1);", "i / BUFFERS % 2);"),
+    "keys are given back before they are multiplied": ("wgmma.cuh", "begin_products(scores);", FREE_KEYS + " begin_products(scores);"),
+    "keys are never given back": ("wgmma.cuh", FREE_KEYS, ""),
+    "values are never given back": ("wgmma.cuh", FREE_VALUES, ""),
+    "every lane gives the values back": ("wgmma.cuh", FREE_VALUES, "arrive(empty + buffer + 1);"),
+    "one group gives buffers back for both": ("wgmma.cuh", "CONSUMERS * GROUP / LANES", "GROUP / LANES"),
+    "too few bytes are announced": ("wgmma.cuh", "KEYS * D * sizeof(T))", "KEYS * D)"),
+    "barriers are not started": ("wgmma.cuh", "start(full + i, 1), start", "start"),
+    "no barrier after they are started": ("wgmma.cuh", "__syncthreads();", ""),
+    "queries are not shown to products": ("wgmma.cuh", "show_to_products();", ""),
+    "queries of other warps may not be there yet": ("wgmma.cuh", "sync_group(group);", ""),
+    "scores are not waited for": ("wgmma.cuh", "end_products(scores);", ""),
+    "sums are not waited for": ("wgmma.cuh", "end_products(sums);", ""),
+    "products begin before their registers are in order": ("wgmma.cuh", "begin_products(sums);", ""),
+    "queries are stored as they come": ("wgmma.cuh", "(d % PANEL / 8 ^ row % 8)", "d % PANEL / 8"),
+    "the second panel of queries is the first": ("wgmma.cuh", "query + at * QUERIES + piece", "query + piece"),
+    "the second panel of keys is the first": ("wgmma.cuh", "tile + at * KEYS + piece", "tile + piece"),
+    "panels of values follow too soon": ("wgmma.cuh", "KEYS * PANEL * sizeof(T)", "KEYS * PANEL"),
+    "values are of the keys' buffer": ("wgmma.cuh", "tile + (D * KEYS + 16 * j * PANEL)", "tile + 16 * j * PANEL"),
+    "rows of a matrix follow too soon": ("hopper.cuh", "uint64_t(1024 / 16) << 32", "uint64_t(512 / 16) << 32"),
+    "a matrix has no order of pieces": ("hopper.cuh", " | uint64_t(1) << 62", ""),
+    "all heads fetch the first": ("wgmma.cuh", "i / 2 * KEYS, h, b);", "i / 2 * KEYS, 0, b);"),
+    "keys and values change places": ("wgmma.cuh", "i % 2 ? values : keys", "i % 2 ? keys : values"),
+    "keys past the end count": ("wgmma.cuh", "if (t + KEYS > S)", "if (false)"),
+    "keys past the end count from one too late": ("wgmma.cuh", "i % 2 >= S)", "i % 2 > S)"),
+    "rows past the end are stored": ("wgmma.cuh", "s < S && n < D / 8", "n < D / 8"),
+    "both groups take the same queries": ("wgmma.cuh", "(blockIdx.x * CONSUMERS + group) * QUERIES", "blockIdx.x * CONSUMERS * QUERIES"),
+    "every warp takes the queries of the first": ("wgmma.cuh", "threadIdx.x % GROUP / LANES * 16, first", "0, first"),
+    "weights change places": ("wgmma.cuh", "[2 * j + i / 2][i % 2 * 2 + 1]", "[2 * j + i % 2][i / 2 * 2 + 1]"),
+    "the sums do not shrink": ("wgmma.cuh", "sums[n][2 * r] *= shrink, ", ""),
+    "the total does not shrink": ("wgmma.cuh", "total[r] *= shrink;", ""),
+    "the largest is of two lanes": ("wgmma.cuh", "warp_max<4>", "warp_max<2>"),
+    "the powers are of 2": ("wgmma.cuh", "1.44269504f * rsqrtf", "rsqrtf"),
+    "queries get the scales of keys": ("wgmma.cuh", "p.scale_q(s), p.turns(s)", "p.scale_k(s), p.turns(s)"),
+}
+
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_planted_mistake_is_seen(tmp_path, mistake):
@@ -206,3 +266,15 @@ def test_a_mistake_planted_among_tensor_cores_is_seen(tmp_path, mistake):
     tensors = problem((1, 1, 75, 128), torch.bfloat16)                          # three tiles
     worst = max(error(run(library, "mma", *tensors, 7, hasty), expected("mma", *tensors, 7), 2) for hasty in (False, True))
     assert worst > BOUNDS[torch.bfloat16] or library.conflicts()
+
+
+@pytest.mark.parametrize("mistake", WGMMA_MISTAKES)
+def test_a_mistake_planted_among_groups_of_warps_is_seen(tmp_path, mistake):
+    """By the formula, by what lies around the tensors, or because threads wait for ever or do what no GPU allows."""
+    library = build(tmp_path, WGMMA_MISTAKES[mistake], "-DONLY_TYPE=__nv_bfloat16", "-DONLY_CHANNELS=4")
+    def is_seen(shape, hasty):
+        tensors = problem(shape, torch.bfloat16)
+        return error(run(library, "wgmma", *tensors, 7, hasty), expected("wgmma", *tensors, 7), 2) > BOUNDS[torch.bfloat16]
+
+    # A part of one tile, and four tiles, so that the ring is full twice.
+    assert any(is_seen(shape, hasty) for shape in ((1, 2, 75, 128), (1, 1, 460, 128)) for hasty in (False, True))

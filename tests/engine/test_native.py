@@ -92,7 +92,11 @@ def test_the_kernel_is_the_specification(shape, L, dtype, bound):
 def test_every_rung_of_the_cuda_ladder_is_the_specification(shape, L, kernel, dtype, bound):
     args = problem(shape, dtype)
     on_gpu = [x.cuda() for x in args]
-    if kernel == "mma" and (dtype == torch.float32 or shape[-1] not in (32, 64, 128)):
+    widths = {"mma": (32, 64, 128), "wgmma": (64, 128)}.get(kernel)
+    if kernel == "wgmma" and torch.cuda.get_device_capability() != (9, 0):
+        with pytest.raises(RuntimeError, match="wgmma needs an H100"):
+            native.attend(*on_gpu, L, kernel)
+    elif widths and (dtype == torch.float32 or shape[-1] not in widths):
         with pytest.raises(RuntimeError, match="mma takes"):
             native.attend(*on_gpu, L, kernel)
     else:

@@ -8,19 +8,24 @@
 #include "cuda/naive.cuh"
 #include "cuda/norm_rope.cuh"
 #include "cuda/tiles.cuh"
+#include "cuda/wgmma.cuh"
 
 static Index blocks(int64_t n, int64_t of_block, int64_t heads = 1, int64_t pictures = 1) {
     return {unsigned((n + of_block - 1) / of_block), unsigned(heads), unsigned(pictures)};
 }
 
 template <typename T, int CHANNELS> void run(const std::string& name, const Problem<T>& p) {
-    int parts = name == "mma" ? 1 : 2;
+    int parts = name == "mma" || name == "wgmma" ? 1 : 2;
     launch(norm_rope<T>, blocks(p.B * p.S * parts * p.H, 2), 64, p, parts);                  // two warps a block
     if (name == "naive") launch(attention_naive<T, CHANNELS>, blocks(p.B * p.H * p.S, 2), 64, p);
     if (name == "tiles") launch(attention_tiles<T, CHANNELS>, blocks(p.S, WARPS * QUERIES, p.B * p.H), WARPS * LANES, p);
     if constexpr (sizeof(T) == 2)
         if (name == "mma")
             launch(attention_mma<T, CHANNELS * 32>, blocks(p.S, MMA_WARPS * MMA_QUERIES, p.H, p.B), MMA_WARPS * LANES, p);
+    if constexpr (sizeof(T) == 2 && CHANNELS > 1)
+        if (name == "wgmma" && wgmma_bytes(CHANNELS * 32) <= LARGEST_BYTES)
+            launch(attention_wgmma<T, CHANNELS * 32>, blocks(p.S, CONSUMERS * WGMMA_QUERIES, p.H, p.B), WGMMA_THREADS, p,
+                   tile_map(p.k, p, WGMMA_KEYS), tile_map(p.v, p, WGMMA_KEYS));
 }
 
 template <typename T> Problem<T> stated(const int64_t* n, const uintptr_t* x) {
