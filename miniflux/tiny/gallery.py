@@ -8,7 +8,6 @@ Before what a task makes of a picture stands what it was given.
 import numpy as np
 from PIL import Image, ImageDraw
 
-from ..adapters.ip_adapter import add_ip_adapter
 from ..adapters.lora import add_lora
 from ..canny import canny
 from ..cli import Parser
@@ -21,14 +20,14 @@ from ..image_to_image import image_to_image
 from ..images import check_output, save
 from ..inpaint import inpaint
 from ..kontext_edit import kontext_edit
-from ..redux import redux
 from .scenes import contact_sheet
 
 PROMPTS = ("a fox on a blue background", "a blue teapot on a yellow background", "two owls at night", "a boat in the sea",
            "a tree on the grass", "pixel art of a penguin")
 QUICK = ("a dog on a pink background", "a sunflower in the snow", "a car in the desert", "a penguin on a red background",
          "a crown on a purple background", "a burger on a green background")
-NEON = ("a cactus on a black background", "an octopus on a blue background")
+NEON = ("a cactus on a black background", "an octopus on a blue background", "a castle on a cyan background", "a car on a brown background",
+        "a rocket on a red background", "a flamingo on a gray background")
 
 
 def depths() -> Image.Image:
@@ -62,9 +61,6 @@ def pictures() -> list[tuple[str, np.ndarray]]:
     kontext, quick = load("tiny-kontext"), sheet[6][1]
     for what, given in (("make the background green", fox), ("turn it into a pencil sketch", quick), ("replace the dog with a cat", quick)):
         sheet += [("given", given), (f"kontext_edit: {what}", *kontext_edit(kontext, what, given, **quiet))]
-    flux = add_ip_adapter(flux, "tiny-ip-adapter")
-    sheet += [("given", quick), ("redux", *redux(load("tiny-redux"), quick, **quiet)),
-              ("given", quick), ("an IP-Adapter, without a prompt", *generate(flux, "", ip_image=quick, **quiet))]
     sheet += zip([f"a LoRA: {prompt}" for prompt in NEON], generate(add_lora(flux, "tiny-neon"), list(NEON), **quiet))
     return [(what, np.asarray(picture)) for what, picture in sheet]
 

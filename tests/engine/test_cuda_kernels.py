@@ -222,6 +222,7 @@ WGMMA_MISTAKES = {
     "too few bytes are announced": ("wgmma.cuh", "KEYS * D * sizeof(T))", "KEYS * D)"),
     "barriers are not started": ("wgmma.cuh", "start(full + i, 1), start", "start"),
     "no barrier after they are started": ("wgmma.cuh", "__syncthreads();", ""),
+    "copies may not see the barriers": ("wgmma.cuh", "show_barriers();", ""),
     "queries are not shown to products": ("wgmma.cuh", "show_to_products();", ""),
     "queries of other warps may not be there yet": ("wgmma.cuh", "sync_group(group);", ""),
     "scores are not waited for": ("wgmma.cuh", "end_products(scores);", ""),
@@ -241,6 +242,7 @@ WGMMA_MISTAKES = {
     "rows past the end are stored": ("wgmma.cuh", "s < S && n < D / 8", "n < D / 8"),
     "both groups take the same queries": ("wgmma.cuh", "(blockIdx.x * CONSUMERS + group) * QUERIES", "blockIdx.x * CONSUMERS * QUERIES"),
     "every warp takes the queries of the first": ("wgmma.cuh", "threadIdx.x % GROUP / LANES * 16, first", "0, first"),
+    "weights change while they are multiplied": ("wgmma.cuh", "end_products(sums);", "weights[0][0] = 0; end_products(sums);"),
     "weights change places": ("wgmma.cuh", "[2 * j + i / 2][i % 2 * 2 + 1]", "[2 * j + i % 2][i / 2 * 2 + 1]"),
     "the sums do not shrink": ("wgmma.cuh", "sums[n][2 * r] *= shrink, ", ""),
     "the total does not shrink": ("wgmma.cuh", "total[r] *= shrink;", ""),
@@ -272,6 +274,7 @@ def test_a_mistake_planted_among_tensor_cores_is_seen(tmp_path, mistake):
 def test_a_mistake_planted_among_groups_of_warps_is_seen(tmp_path, mistake):
     """By the formula, by what lies around the tensors, or because threads wait for ever or do what no GPU allows."""
     library = build(tmp_path, WGMMA_MISTAKES[mistake], "-DONLY_TYPE=__nv_bfloat16", "-DONLY_CHANNELS=4")
+
     def is_seen(shape, hasty):
         tensors = problem(shape, torch.bfloat16)
         return error(run(library, "wgmma", *tensors, 7, hasty), expected("wgmma", *tensors, 7), 2) > BOUNDS[torch.bfloat16]

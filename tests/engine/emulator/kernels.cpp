@@ -23,7 +23,7 @@ template <typename T, int CHANNELS> void run(const std::string& name, const Prob
         if (name == "mma")
             launch(attention_mma<T, CHANNELS * 32>, blocks(p.S, MMA_WARPS * MMA_QUERIES, p.H, p.B), MMA_WARPS * LANES, p);
     if constexpr (sizeof(T) == 2 && CHANNELS > 1)
-        if (name == "wgmma" && wgmma_bytes(CHANNELS * 32) <= LARGEST_BYTES)
+        if (name == "wgmma")
             launch(attention_wgmma<T, CHANNELS * 32>, blocks(p.S, CONSUMERS * WGMMA_QUERIES, p.H, p.B), WGMMA_THREADS, p,
                    tile_map(p.k, p, WGMMA_KEYS), tile_map(p.v, p, WGMMA_KEYS));
 }
