@@ -47,11 +47,14 @@ static void settle(Phase& phase) {
     phase.missing = phase.arrivals;
 }
 
+static bool barriers_are_shown;                        // to copies
+
 static void start(uint64_t* barrier, int arrivals) {
+    barriers_are_shown = false;
     *reinterpret_cast<Phase*>(barrier) = {0, int8_t(arrivals), int8_t(arrivals), 0, 1};
 }
 
-static void show_barriers() {}
+static void show_barriers() { barriers_are_shown = true; }
 
 static void announce(uint64_t* barrier, int bytes) {
     auto& phase = phase_of(barrier);
@@ -76,20 +79,19 @@ static void sync_group(int group) {
     });
 }
 
-template <int N> void give_registers() {}
-template <int N> void take_registers() {}
-
 // ---------------------------------------------------------------------------------------------------- copies and products
 
 static void fetch_tile(void* tile, const TileMap& map, uint64_t* barrier, int d, int s, int h, int b) {
     uint32_t to = shared_address(tile);
     if (to % 128) throw std::runtime_error("a tile must begin at a multiple of 128 bytes");
+    if (!barriers_are_shown) throw std::runtime_error("a copy does not see its barrier yet");
     std::memset(emulated.shown + to, 0xff, map.rows * 128);
     auto arrives = [=] {
         for (int row = 0; row < map.rows; row++)
             for (int piece = 0; piece < 8; piece++) {
                 bool there = s + row < map.sizes[1] && h < map.sizes[2] && b < map.sizes[3] && d + 8 * piece < map.sizes[0];
-                const char* from = map.data + (d + 8 * piece) * map.steps[0] + (s + row) * map.steps[1] + h * map.steps[2] + b * map.steps[3];
+                const char* from = map.data + (d + 8 * piece) * map.steps[0] + (s + row) * map.steps[1]
+                                   + h * map.steps[2] + b * map.steps[3];
                 char* piece_to = emulated.shown + swizzled(to + 128 * row + 16 * piece);
                 there ? std::memcpy(piece_to, from, 16) : std::memset(piece_to, 0, 16);
             }
@@ -147,13 +149,10 @@ template <typename T> void multiply_group(float (&c)[16][4], uint64_t a, uint64_
 }
 
 template <typename T, int N> void multiply_group(float (&c)[N][4], const uint32_t (&a)[4], uint64_t b) {
-    struct Fragment { uint32_t a[4]; };
-    auto given = meet(Fragment{{a[0], a[1], a[2], a[3]}});
-    float rows[2][16];
-    for (int r = 0; r < 2; r++)
-        for (int k = 0; k < 16; k++) rows[r][k] = number<T>(given(emulated.current % 32 / 4 * 4 + k % 8 / 2).a[r + k / 8 * 2], k % 2);
-    std::vector<float> copy(&rows[0][0], &rows[0][0] + 32);
-    multiply_later<T>(c, [copy](int r, int k) { return copy[16 * r + k]; }, b, false);
+    auto given = meet(&a[0]);
+    std::vector<const uint32_t*> lanes;                // of four, the registers: what is in them when the products happen
+    for (int lane = 0; lane < 4; lane++) lanes.push_back(given(emulated.current % 32 / 4 * 4 + lane));
+    multiply_later<T>(c, [lanes](int r, int k) { return number<T>(lanes[k % 8 / 2][r + k / 8 * 2], k % 2); }, b, false);
 }
 
 template <int N> void end_products(float (&c)[N][4]) {

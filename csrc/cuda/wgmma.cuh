@@ -21,13 +21,15 @@ constexpr int wgmma_bytes(int D) {                               // of shared me
     return (CONSUMERS * WGMMA_QUERIES + BUFFERS * WGMMA_KEYS) * D * 2 + 2 * BUFFERS * 8;
 }
 
-// Where channel d of a row lies in a tile (rows, D): panels of PANEL channels, in whose rows of 8 pieces of 16 bytes the number of the piece
-// is changed by the row's (XOR), so that a product, which reads 8 rows at a time, finds them in different banks. Copies do it by themselves.
+// Where channel d of a row lies in a tile (rows, D): panels of PANEL channels, in whose rows of 8 pieces of 16 bytes the number of the
+// piece is changed by the row's (XOR), so that a product, which reads 8 rows at a time, finds them in different banks. Copies do it by
+// themselves.
 __device__ inline int place(int rows, int row, int d) {
     return d / PANEL * rows * PANEL + row * PANEL + (d % PANEL / 8 ^ row % 8) * 8 + d % 8;
 }
 
 // k is normalised and turned, q is not. keys, values: how tiles of WGMMA_KEYS tokens lie in k and v.
+// Of the 65536 registers each thread gets 168. That is enough, so the producer does not give its own away (setmaxnreg).
 template <typename T, int D> __global__ void __launch_bounds__(WGMMA_THREADS)
 attention_wgmma(Problem<T> p, const __grid_constant__ TileMap keys, const __grid_constant__ TileMap values) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL) || !defined(__CUDACC__)   // for others the kernel is empty
@@ -46,7 +48,6 @@ attention_wgmma(Problem<T> p, const __grid_constant__ TileMap keys, const __grid
     __syncthreads();
 
     if (group == CONSUMERS) {
-        give_registers<24>();
         if (threadIdx.x % GROUP == 0)
             for (int i = 0; i / 2 * KEYS < S; i++) {             // keys, values, keys, values, ...
                 int buffer = i % BUFFERS;
@@ -57,10 +58,10 @@ attention_wgmma(Problem<T> p, const __grid_constant__ TileMap keys, const __grid
             }
         return;
     }
-    take_registers<240>();
 
     T* query = queries + group * QUERIES * D;
     int own = threadIdx.x % GROUP / LANES * 16, first = (blockIdx.x * CONSUMERS + group) * QUERIES + own;        // rows of the warp
+#pragma unroll 4                                                 // so that four rows are on their way at once
     for (int row = 0; row < 16; row++) {
         int s = first + row < S ? first + row : S - 1;
         float factor = 1.44269504f * rsqrtf(float(D));           // for 2^x instead of e^x
@@ -119,8 +120,10 @@ attention_wgmma(Problem<T> p, const __grid_constant__ TileMap keys, const __grid
     for (int r = 0; r < 2; r++) {
         float factor = 1 / warp_sum<4>(total[r]);
         int s = first + lane / 4 + 8 * r;
-        for (int n = 0; s < S && n < D / 8; n++)
-            *reinterpret_cast<uint32_t*>(p.out(b, h, s) + 8 * n + lane % 4 * 2) = pack<T>(factor * sums[n][2 * r], factor * sums[n][2 * r + 1]);
+        for (int n = 0; s < S && n < D / 8; n++) {
+            const float* sum = &sums[n][2 * r];                  // of two channels
+            *reinterpret_cast<uint32_t*>(p.out(b, h, s) + 8 * n + lane % 4 * 2) = pack<T>(factor * sum[0], factor * sum[1]);
+        }
     }
 #endif
 }
