@@ -51,7 +51,7 @@ def test_two_processes_train_as_one_with_the_batch_of_both_and_the_first_alone_w
 
 def test_the_command_trains_under_torchrun_until_the_first_process_says_stop(tmp_path):
     torchrun("-m", "miniflux.tiny.train", "style", "--minutes", "0.01", "--scenes", "4", "--work", tmp_path)
-    assert (tmp_path / "style" / "lora.safetensors").is_file() and (tmp_path / "style" / "sheet.png").is_file()
+    assert (tmp_path / "style" / "pytorch_lora_weights.safetensors").is_file() and (tmp_path / "style" / "sheet.png").is_file()
 
 
 if __name__ == "__main__":
