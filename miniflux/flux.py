@@ -306,7 +306,7 @@ def check_fit(flux: Flux, folder: Path) -> None:
 def list_models() -> list[str]:
     """One line a model: what is shipped, with the adapters, and which official models are in the local cache."""
     lines = [f"{name:15} shipped" for name in shipped_models()]
-    lines += [f"{name:15} shipped, for {flag}" for name, flag in shipped_adapters().items()]
+    lines += [f"{name:15} shipped, a {what}" for name, what in shipped_adapters().items()]
     for name, repo in OFFICIAL.items():
         found = find_in_cache(repo)
         lines.append(f"{name:15} {repo}: " + (f"{found}" if found else f"not in {cache_folder()}"))

@@ -66,7 +66,7 @@ def add_lora(flux: Flux, path: str | Path, scale: float = 1.0, name: str | None 
     for a name that is used twice. The given model stays as it is."""
     check_number("scale", scale, -100, 100)
     loras = flux.loras or LoRAs({part: getattr(flux, part) for part in NETWORKS}, ())
-    name = Path(path).stem if name is None else name
+    name = Path(path).name.removesuffix(".safetensors") if name is None else name
     if not isinstance(name, str) or name in (lora.name for lora in loras.added):
         raise ValueError(f"a LoRA named {name!r} is there already: give another name=, or remove that one first")
     path = find_network(path, "LoRA")

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 SHIPPED = Path(__file__).parents[1] / "tiny" / "weights"
-# What a shipped folder with nothing but this file is for: the flag that takes its name.
-SHIPPED_ADAPTERS = {"pytorch_lora_weights.safetensors": "--lora", "diffusion_pytorch_model.safetensors": "--controlnet",
-                    "ip_adapter.safetensors": "--ip-adapter"}
+# What a shipped folder is with this file directly in it.
+SHIPPED_ADAPTERS = {"pytorch_lora_weights.safetensors": "LoRA", "diffusion_pytorch_model.safetensors": "ControlNet",
+                    "ip_adapter.safetensors": "IP-Adapter"}
 
 OFFICIAL = {
     "schnell": "black-forest-labs/FLUX.1-schnell",
@@ -53,20 +53,20 @@ def is_repo(name: str) -> bool:
 
 
 def shipped_adapters() -> dict[str, str]:
-    """The LoRAs, ControlNets and IP-Adapters that come with the package: name -> flag."""
-    return {path.parent.name: flag for file, flag in SHIPPED_ADAPTERS.items() for path in sorted(SHIPPED.glob(f"*/{file}"))}
+    """The LoRAs, ControlNets and IP-Adapters that come with the package: name -> which of these."""
+    return {path.parent.name: what for file, what in SHIPPED_ADAPTERS.items() for path in sorted(SHIPPED.glob(f"*/{file}"))}
 
 
 def find_network(source: str | Path, what: str) -> Path:
     """The file or folder of a single network, a shipped one's too, or the snapshot folder of its repository."""
-    if isinstance(source, str) and source in shipped_adapters():                # names come before paths, as in `find_source`
+    shipped = [name for name, kind in shipped_adapters().items() if kind == what]
+    if isinstance(source, str) and source in shipped:                           # names come before paths, as in `find_source`
         return SHIPPED / source
     if (path := Path(source).expanduser()).exists():
         return path
     if is_repo(str(source)):
         return find_or_download(str(source), NETWORK, NETWORK[1:])
-    raise FileNotFoundError(f"the {what} {source} does not exist: expected a file, a folder or a Hub id, or one of "
-                            + ", ".join(shipped_adapters()))
+    raise FileNotFoundError(f"the {what} {source} does not exist: expected a file, a folder or a Hub id" + ", or ".join(["", *shipped]))
 
 
 def find_file(path: Path, what: str, usual: Sequence[str] = ()) -> Path:

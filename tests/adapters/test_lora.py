@@ -1,6 +1,7 @@
 """LoRA. Oracles: the formula on the weights; peft and diffusers with the same random weights; the published key lists."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from miniflux import add_lora, control, generate, load, remove_lora, set_lora_scales
 from miniflux.adapters.dialects import parse
-from miniflux.adapters.lora import main, official_targets
+from miniflux.adapters.lora import main, names, official_targets
 from miniflux.checkpoints.names import mmdit_modules
 
 KEYS = Path(__file__).resolve().parents[3] / "shared" / "reference" / "keys"
@@ -411,6 +412,13 @@ def test_names_are_used_once_and_only_what_is_there_can_be_removed(flux, files):
             act()
     with pytest.raises(FileNotFoundError, match="does not exist"):
         add_lora(flux, "nowhere.safetensors")
+
+
+def test_a_lora_of_the_hub_has_the_name_of_its_repository(flux, files, tmp_path, monkeypatch):
+    """Also with a dot in it. The cache is a fake one."""
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    shutil.copytree(files[0], tmp_path / "models--owner--FLUX.1-style" / "snapshots" / "abc")
+    assert names(add_lora(flux, "owner/FLUX.1-style")) == ["FLUX.1-style"]
 
 
 # --------------------------------------------------------------------------------------------------------------- command

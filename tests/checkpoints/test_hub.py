@@ -220,14 +220,17 @@ def test_a_shipped_adapter_is_found_by_its_name(tmp_path, monkeypatch):
         (shipped / file).parent.mkdir(parents=True)
         (shipped / file).touch()
     monkeypatch.setattr(hub, "SHIPPED", shipped)
-    assert hub.shipped_adapters() == {"tiny-neon": "--lora", "tiny-net": "--controlnet", "tiny-ip": "--ip-adapter"}
-    assert "tiny-net        shipped, for --controlnet" in flux.list_models()
+    assert hub.shipped_adapters() == {"tiny-neon": "LoRA", "tiny-net": "ControlNet", "tiny-ip": "IP-Adapter"}
+    assert "tiny-net        shipped, a ControlNet" in flux.list_models()
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tiny-net").mkdir()
     assert find_network("tiny-net", "ControlNet") == shipped / "tiny-net"
     assert find_network(Path("tiny-net"), "ControlNet") == find_network("./tiny-net", "ControlNet") == Path("tiny-net")
-    with pytest.raises(FileNotFoundError, match="the ControlNet tiny does not exist: .* or one of tiny-neon, tiny-net, tiny-ip"):
-        find_network("tiny", "ControlNet")
+    for name in ("tiny", "tiny-neon"):                                          # a model, a LoRA
+        with pytest.raises(FileNotFoundError, match=f"the ControlNet {name} does not exist: expected a file, a folder or a Hub id, or tiny-net$"):
+            find_network(name, "ControlNet")
+    with pytest.raises(FileNotFoundError, match="a Hub id$"):
+        find_network("nowhere", "image encoder")
 
 
 def test_of_a_folder_the_usual_file_is_taken_or_else_the_only_one(tmp_path):

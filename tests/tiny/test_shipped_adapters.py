@@ -10,7 +10,8 @@ from pipelines import difference, mean_of_the_posterior  # noqa: F401
 
 from miniflux import add_lora, canny, generate, load, load_controlnet
 from miniflux.checkpoints.hub import SHIPPED, shipped_adapters
-from miniflux.tiny.evaluate_variant import measure
+from miniflux.tiny.evaluate_variant import edge_f1
+from miniflux.tiny.pairs import edges
 from miniflux.tiny.scenes import render, sample_scene
 
 SCENE = sample_scene(random.Random(3), kind="single", held_out=True)
@@ -23,7 +24,7 @@ def flux():
 
 
 def test_each_is_found_by_its_name_and_listed():
-    assert shipped_adapters() == {"tiny-neon": "--lora", "tiny-controlnet": "--controlnet"}
+    assert shipped_adapters() == {"tiny-neon": "LoRA", "tiny-controlnet": "ControlNet"}
 
 
 # ---------------------------------------------------------------------------------------------------------------- neon
@@ -47,13 +48,18 @@ def test_neon_darkens_whatever_ground_the_prompt_names(flux):
 
 @pytest.mark.parametrize("mode", ["canny", "gray"])
 def test_diffusers_paints_the_same_picture_with_the_controlnet(mode):
-    net, edges = FluxControlNetModel.from_pretrained(SHIPPED / "tiny-controlnet").to(torch.float32), canny(render(SCENE))
+    net, outlines = FluxControlNetModel.from_pretrained(SHIPPED / "tiny-controlnet").to(torch.float32), canny(render(SCENE))
     assert difference(generate, FluxControlNetPipeline, SHIPPED / "tiny", {}, parts={"controlnet": net}, **BOTH,
-                      ours=dict(controlnet=(load_controlnet("tiny-controlnet", device="cpu"), edges, 0.7, 0.0, 1.0, mode), guidance=7.0),
-                      theirs=dict(control_image=edges, control_mode={"canny": 0, "gray": 5}[mode],
+                      ours=dict(controlnet=(load_controlnet("tiny-controlnet", device="cpu"), outlines, 0.7, 0.0, 1.0, mode), guidance=7.0),
+                      theirs=dict(control_image=outlines, control_mode={"canny": 0, "gray": 5}[mode],
                                   controlnet_conditioning_scale=0.7)) <= 2e-3
 
 
-def test_the_controlnet_makes_the_picture_follow_the_edges(flux):
-    figures, _ = measure(flux, "canny", 8, net=load_controlnet("tiny-controlnet", device="cpu"))
-    assert figures["edge F1"] > 0.5
+def test_the_controlnet_brings_the_picture_nearer_to_the_edges(flux):
+    """Of these 24 to 0.60, from 0.55 without it."""
+    scenes = [sample_scene(random.Random(seed), kind="single", held_out=True) for seed in range(24)]
+    given, captions = [edges(render(scene)) for scene in scenes], [scene.caption for scene in scenes]
+    net = load_controlnet("tiny-controlnet", device="cpu")
+    with_it, without = (np.mean([edge_f1(edges(np.asarray(picture)), edge) for picture, edge in zip(pictures, given)]) for pictures in (
+        generate(flux, captions, controlnet=(net, given, 1.0, 0.0, 1.0, "canny"), progress=False), generate(flux, captions, progress=False)))
+    assert with_it > without + 0.03
