@@ -69,16 +69,19 @@ template <typename T> void mma(const Problem<T>& p, void* stream) {
 
 // How tiles of WGMMA_KEYS tokens and PANEL channels lie in a tensor. The driver is asked by name, so that nothing has to be linked to it.
 template <typename T> static TileMap tile_map(const Rows<T>& x, const Problem<T>& p) {
-    void* encode = nullptr;
-    cudaDriverEntryPointQueryResult found;
-    check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &encode, 12000, cudaEnableDefault, &found));
-    if (!encode) throw std::runtime_error("wgmma needs a driver for CUDA 12 or newer");
+    static const auto encode = [] {                        // once
+        void* function = nullptr;
+        cudaDriverEntryPointQueryResult found;
+        check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found));
+        if (!function) throw std::runtime_error("wgmma needs a driver for CUDA 12 or newer");
+        return reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(function);
+    }();
     cuuint64_t sizes[4] = {cuuint64_t(p.D), cuuint64_t(p.S), cuuint64_t(p.H), cuuint64_t(p.B)};
     cuuint64_t steps[3] = {cuuint64_t(x.token * 2), cuuint64_t(x.head * 2), cuuint64_t(x.batch * 2)};           // in bytes
     cuuint32_t tile[4] = {PANEL, WGMMA_KEYS, 1, 1}, every[4] = {1, 1, 1, 1};
     auto type = is_half<T> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
     TileMap map;
-    auto result = reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(encode)(
+    auto result = encode(
         &map, type, 4, x.data, sizes, steps, tile, every, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
         CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     if (result != CUDA_SUCCESS) throw std::runtime_error("the driver cannot copy tiles of this tensor: error " + std::to_string(result));

@@ -76,9 +76,10 @@ def measure(flux: Flux, variant: str, count: int, seed: int = 0, steps: int = 28
         prompts = [scene.caption for scene in scenes[part]]
         if net:
             painted += generate(flux, prompts, controlnet=(net, list(given[part]), 1.0, 0.0, 1.0, variant), **keywords)
+        elif variant == "fill":
+            painted += fill(flux, prompts, list(given[part]), holes[part], **keywords)
         else:
-            painted += (fill(flux, prompts, list(given[part]), holes[part], **keywords) if variant == "fill"
-                        else control(flux, prompts, list(given[part]), **keywords))
+            painted += control(flux, prompts, list(given[part]), **keywords)
     pictures, best = np.stack([np.asarray(picture) for picture in painted]), round_trip(flux, true)
     names = [scene.objects[0].name for scene in scenes]
     figures = {"object right": float(np.mean([v.object == name for v, name in zip(judge(pictures), names)])),

@@ -1,4 +1,4 @@
-"""Paints the README's pictures: every task, by the shipped models alone.
+"""Paints the README's pictures: what the shipped models do, task by task.
 
     python -m miniflux.tiny.gallery --output gallery.png
 
@@ -66,7 +66,7 @@ def pictures() -> list[tuple[str, np.ndarray]]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser(prog="python -m miniflux.tiny.gallery", description="Paint a sheet of every task with the shipped models.")
+    parser = Parser(prog="python -m miniflux.tiny.gallery", description="Paint a sheet of what the shipped models do.")
     parser.add_argument("--output", default="gallery.png", help="the picture to write (default gallery.png)")
     args = parser.parse_args(argv)
     try:

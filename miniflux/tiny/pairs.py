@@ -1,10 +1,10 @@
 """What else a scene knows of itself: the hole to fill, the edges to follow, the depths: exact data for every task.
 
-    hole         a box around one of its objects, or anywhere        -> fill
-    edges        of the rendered picture, by `canny`                 -> control
-    depth_map    the ground recedes upwards, a larger object is nearer     -> control
-    blurred, grey  the picture with less in it                       -> controlnet
-    moved        the same facts elsewhere                            -> redux, ip-adapter
+    hole             a box around one of its objects, or anywhere                -> fill
+    edges            of the rendered picture, by `canny`                         -> canny, controlnet
+    depth_map        the ground recedes upwards, a larger object is nearer       -> depth, controlnet
+    blurred, grey    the picture with less in it                                 -> controlnet
+    moved            the same facts elsewhere                                    -> redux, ip-adapter
 """
 
 import random

@@ -149,10 +149,10 @@ def main(argv: list[str] | None = None) -> None:
             vocabulary.learn(args.work / "model", scenes)
         elif args.stage == "autoencoder":
             train_autoencoder_stage(args.work, args.steps, minutes, scenes, device, args.start)
-        elif args.stage not in ("base", "guidance"):
-            train_variant_stage(args.work, args.stage, args.steps, minutes, scenes, device, args.base)
-        else:
+        elif args.stage in ("base", "guidance"):
             train_painter_stage(args.work, args.stage, args.steps, minutes, scenes, device, args.start, args.compile)
+        else:
+            train_variant_stage(args.work, args.stage, args.steps, minutes, scenes, device, args.base)
     except (OSError, ValueError, ImportError) as error:
         parser.error(str(error))
 

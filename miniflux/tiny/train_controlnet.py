@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from ..controlnet import MODES
 from ..flux import Flux
 from ..generate import generate
-from ..images import save
 from ..latents import encode
 from ..networks.attention import attention_backend
 from ..networks.controlnet import ControlNet, ControlNetConfig, assign
@@ -25,11 +24,11 @@ from ..networks.mmdit import MMDiT, MMDiTConfig
 from ..sampling import image_ids, patchify, text_ids
 from . import export
 from .pairs import blurred, depth_map, edges, grey
-from .scenes import Scene, contact_sheet, render
+from .scenes import Scene, render
 from .train_autoencoder import to_tensor
 from .train_flow import BATCH, SIDE, noisy
 from .train_variant import SHOWN, encode_variant, guidance_change, side_by_side
-from .training import train
+from .training import train, write_sheet
 
 # Kind -> the control picture (128, 128, 3) uint8 of a scene and its picture. Pictures take turns: the i-th is of the i-th kind.
 KINDS = {"canny": lambda scene, picture: edges(picture), "depth": lambda scene, picture: depth_map(scene),
@@ -89,9 +88,7 @@ def run(folder: Path, flux: Flux, steps: int | None, minutes: float | None, coun
         given = [control_picture(i, scene) for i, scene in enumerate(shown[:SHOWN])]
         painted = [generate(flux, caption, steps=16, progress=False, controlnet=(averaged, control, 1.0, 0.0, 1.0, modes[i % len(modes)]))[0]
                    for i, (caption, control) in enumerate(zip(captions, given))]
-        pictures, captions = side_by_side(given, painted, captions)
-        save(contact_sheet([np.asarray(picture) for picture in pictures], captions), folder / "sheet.png", {"step": step})
         export.write_controlnet(folder, averaged)
-        return {"sheet": str(folder / "sheet.png")}
+        return write_sheet(folder, step, *side_by_side(given, painted, captions))
 
     train(net, loss, folder, lr=lr, steps=steps, minutes=minutes, seed=6, on_save=on_save)

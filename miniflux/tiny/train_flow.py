@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from ..flux import Flux, FluxConfig
 from ..generate import generate
-from ..images import save
 from ..networks.attention import attention_backend
 from ..networks.autoencoder import Autoencoder
 from ..networks.clip import CLIPConfig, CLIPText
@@ -26,9 +25,9 @@ from ..networks.mmdit import MMDiT, MMDiTConfig, Modulation
 from ..networks.t5 import T5, T5Config
 from ..networks.tokenizers import CLIPTokenizer, T5Tokenizer
 from ..sampling import image_ids, patchify, text_ids
-from .scenes import contact_sheet, render, sample_scene
+from .scenes import render, sample_scene
 from .train_autoencoder import to_tensor
-from .training import train
+from .training import train, write_sheet
 from .vocabulary import MAX_TOKENS
 
 MMDIT = MMDiTConfig(vec_in_dim=128, context_in_dim=128, hidden_size=192, num_heads=3, depth=2, depth_single_blocks=5,
@@ -173,8 +172,7 @@ def run(folder: Path, model: tuple[Autoencoder, CLIPTokenizer, T5Tokenizer], ste
                     FluxConfig(name=folder.name, size=8 * SIDE, max_text_tokens=MAX_TOKENS))
         guided = dict(guidance=1.0, true_cfg=3.5, negative_prompt="") if teacher is None else dict(guidance=3.5)
         pictures = generate(flux, PROMPTS, steps=20, progress=False, **guided)
-        save(contact_sheet([np.asarray(picture) for picture in pictures], PROMPTS), folder / "sheet.png", {"step": step})
-        return {"sheet": str(folder / "sheet.png")}
+        return write_sheet(folder, step, pictures, PROMPTS)
 
     train(painter, base_loss if teacher is None else guidance_loss, folder, lr=lr, steps=steps, minutes=minutes,
           seed=1 if teacher is None else 2, on_save=on_save)

@@ -11,14 +11,13 @@ of the pictures show the same objects in another place. The last two terms are w
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..adapters.ip_adapter import IPAdapter, IPAdapterConfig
 from ..flux import Flux
 from ..generate import generate
-from ..images import CLIP_COLOURS, save, standardise
+from ..images import CLIP_COLOURS, standardise
 from ..networks.attention import attention_backend
 from ..networks.clip import CLIPVision, CLIPVisionConfig
 from ..networks.mmdit import KeysValues
@@ -26,11 +25,11 @@ from ..prompt import encode_prompt
 from ..sampling import image_ids, text_ids
 from . import export
 from .grounds import SIDE as PIXELS
-from .scenes import contact_sheet, render
+from .scenes import render
 from .towers import Pairing, pictures_to_read, shares, softmax_loss, train_tower
 from .train_flow import BATCH, SIDE, noisy
 from .train_variant import SHOWN, encode_variant, guidance_change, side_by_side
-from .training import train
+from .training import train, write_sheet
 
 CLIP_VISION = CLIPVisionConfig(hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=2, image_size=PIXELS,
                                patch_size=16, projection_dim=128)
@@ -96,10 +95,8 @@ def train_adapter(folder: Path, base: Flux, clip: dict[str, Tensor], count: int,
         averaged.load_state_dict(ema)
         flux, given = replace(base, image_encoder=averaged.clip, ip_adapters=(averaged.adapter,)), [render(scene) for scene in shown[:SHOWN]]
         painted = [generate(flux, "", steps=16, progress=False, ip_image=picture)[0] for picture in given]
-        pictures, captions = side_by_side(given, painted, [scene.caption for scene in shown[:SHOWN]])
-        save(contact_sheet([np.asarray(picture) for picture in pictures], captions), folder.parent / "sheet.png", {"step": step})
         export.write_ip_adapter(folder.parent, averaged.clip, averaged.adapter)
-        return {"sheet": str(folder.parent / "sheet.png")}
+        return write_sheet(folder.parent, step, *side_by_side(given, painted, [scene.caption for scene in shown[:SHOWN]]))
 
     train(follower, loss, folder, lr=lr, steps=steps, minutes=minutes, seed=11, on_save=on_save)
 

@@ -11,12 +11,10 @@ the base model, of a caption that describes the picture; Redux sees no caption.
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..flux import Flux
-from ..images import save
 from ..networks.attention import attention_backend
 from ..networks.siglip import ReduxConfig, ReduxEmbedder, SigLIP, SigLIPConfig
 from ..prompt import encode_prompt
@@ -24,11 +22,11 @@ from ..redux import redux
 from ..sampling import image_ids, text_ids
 from . import export
 from .grounds import SIDE as PIXELS
-from .scenes import contact_sheet, render
+from .scenes import render
 from .towers import Pairing, pictures_to_read, shares, sigmoid_loss, train_tower
 from .train_flow import BATCH, SIDE, noisy
 from .train_variant import SHOWN, encode_variant, guidance_change, side_by_side
-from .training import train
+from .training import train, write_sheet
 
 SIGLIP = SigLIPConfig(hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=2, image_size=PIXELS, patch_size=16)
 
@@ -78,10 +76,8 @@ def train_embedder(folder: Path, base: Flux, siglip: dict[str, Tensor], count: i
         averaged.load_state_dict(ema)
         flux, given = replace(base, siglip=averaged.siglip, redux=averaged.redux), [render(scene) for scene in shown[:SHOWN]]
         painted = [redux(flux, picture, steps=16, progress=False)[0] for picture in given]
-        pictures, captions = side_by_side(given, painted, [scene.caption for scene in shown[:SHOWN]])
-        save(contact_sheet([np.asarray(picture) for picture in pictures], captions), folder.parent / "sheet.png", {"step": step})
         export.write_redux(folder.parent, averaged.siglip, averaged.redux)
-        return {"sheet": str(folder.parent / "sheet.png")}
+        return write_sheet(folder.parent, step, *side_by_side(given, painted, [scene.caption for scene in shown[:SHOWN]]))
 
     train(reader, loss, folder, lr=lr, steps=steps, minutes=minutes, seed=9, on_save=on_save)
 

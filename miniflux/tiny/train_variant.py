@@ -21,17 +21,16 @@ from torch.nn.utils.parametrize import register_parametrization
 from ..control import control
 from ..fill import fill, fill_channels
 from ..flux import Flux
-from ..images import save
 from ..latents import encode
 from ..networks.attention import attention_backend
 from ..networks.mmdit import MMDiT
 from ..prompt import encode_prompt
 from ..sampling import image_ids, patchify, text_ids
 from .pairs import depth_map, edges, hole
-from .scenes import Scene, contact_sheet, render, sample_scene
+from .scenes import Scene, render, sample_scene
 from .train_autoencoder import to_tensor
 from .train_flow import BATCH, SIDE, noisy
-from .training import train
+from .training import train, write_sheet
 
 RANK = 32
 SHOWN = 16                          # pictures on a sample sheet
@@ -123,9 +122,8 @@ def train_lora(folder: Path, student: Flux, changes: dict[str, LowRank], loss: C
         mmdit.load_state_dict(ema)
         pictures, captions = show()
         mmdit.load_state_dict(now)
-        save(contact_sheet([np.asarray(picture) for picture in pictures], captions), folder / "sheet.png", {"step": step})
         write(folder / file, changes, ema)
-        return {"sheet": str(folder / "sheet.png")}
+        return write_sheet(folder, step, pictures, captions)
 
     train(mmdit, loss, folder, lr=lr, steps=steps, minutes=minutes, seed=seed, on_save=on_save)
 

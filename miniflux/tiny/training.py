@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors import safe_open
@@ -23,6 +24,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..engine.distributed import leads, several
+from ..images import save
+from .scenes import contact_sheet
 
 
 def make_optimizers(net: nn.Module, lr: float, weight_decay: float = 0.01) -> list[torch.optim.Optimizer]:
@@ -147,6 +150,12 @@ def train(net: nn.Module, loss_of: Callable[[torch.Generator], Tensor], folder: 
     if processes > 1:
         dist.barrier()                                       # none leaves before all have arrived
     return ema
+
+
+def write_sheet(folder: Path, step: int, pictures: list, captions: list[str]) -> dict:
+    """Paints a stage's sample sheet; what the log says of it."""
+    save(contact_sheet([np.asarray(picture) for picture in pictures], captions), folder / "sheet.png", {"step": step})
+    return {"sheet": str(folder / "sheet.png")}
 
 
 def write_log(path: Path, **entry) -> None:
