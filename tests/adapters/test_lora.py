@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from miniflux import add_lora, control, generate, load, remove_lora, set_lora_scales
 from miniflux.adapters.dialects import parse
-from miniflux.adapters.lora import main, names, official_targets
+from miniflux.adapters.lora import main, official_targets
 from miniflux.checkpoints.names import mmdit_modules
 
 KEYS = Path(__file__).resolve().parents[3] / "shared" / "reference" / "keys"
@@ -418,7 +418,7 @@ def test_a_lora_of_the_hub_has_the_name_of_its_repository(flux, files, tmp_path,
     """Also with a dot in it. The cache is a fake one."""
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     shutil.copytree(files[0], tmp_path / "models--owner--FLUX.1-style" / "snapshots" / "abc")
-    assert names(add_lora(flux, "owner/FLUX.1-style")) == ["FLUX.1-style"]
+    assert [lora.name for lora in add_lora(flux, "owner/FLUX.1-style").loras.added] == ["FLUX.1-style"]
 
 
 # --------------------------------------------------------------------------------------------------------------- command
