@@ -12,8 +12,8 @@ from dataclasses import replace
 
 from .glyphs import COLOURS, OBJECTS, RECOLOURABLE
 from .grounds import GROUNDS, PLAIN, SCENIC, SIDE
-from .scenes import Placed, Scene, article, enumerated, is_held_out, is_visible, sample_scene, where
-from .styles import COLOURLESS, STYLES
+from .scenes import Placed, Scene, article, canonical_form, enumerated, is_held_out, is_visible, sample_scene
+from .styles import STYLES
 
 
 def fits(scene: Scene, held_out: bool = False) -> bool:
@@ -100,6 +100,4 @@ def sample_edit(rng: random.Random, kind: str | None = None, held_out: bool = Fa
 def describe(scene: Scene) -> str:
     """A caption in the canonical form, of any scene: "a cat and a red apple on a blue background"."""
     words = [f"{o.colour} {o.name}" if o.colour else o.name for o in scene.objects]
-    listed = enumerated(words) if words else "nothing"
-    seen = listed if scene.style in COLOURLESS and scene.ground in PLAIN else f"{listed} {where(scene.ground, scene.ground)}"
-    return STYLES[scene.style][0].format(seen) if scene.style else seen
+    return canonical_form(enumerated(words) if words else "nothing", scene.ground, scene.style)

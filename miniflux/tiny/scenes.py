@@ -79,12 +79,14 @@ def is_visible(name: str, colour: str | None, ground: str) -> bool:
     return ground_colour != colour if colour else ground_colour not in HIDDEN_ON.get(name, "").split()
 
 
-def sample_scene(rng: random.Random, *, kind: str | None = None, coloured: bool | None = None, held_out: bool = False) -> Scene:
+def sample_scene(rng: random.Random, *, kind: str | None = None, coloured: bool | None = None, ground: str | None = None,
+                 canonical: bool = False, held_out: bool = False) -> Scene:
     """Draw a scene.
 
     kind: one of `KINDS`; None: any, by their percentages. coloured: whether its objects have another colour than by themselves;
-    None: some have. held_out=True: only objects on a ground with which training never shows them, no style, no synonym, no other colour
-    unless it is asked for, and the caption in its canonical form."""
+    None: some have. ground: one of `GROUNDS`; None: any. canonical=True: the caption in its canonical form, without synonyms.
+    held_out=True: only objects on a ground with which training never shows them, no style, no other colour unless it is asked for, and
+    a canonical caption."""
     seed, centres, relation, style = rng.getrandbits(32), ((64, 64),), None, None
     kind = kind or rng.choices(tuple(KINDS), [weight for weight, _, _ in KINDS.values()])[0]
     different = {"pair": 2, "overlap": 2, "three": 3, "four": 4}.get(kind, 1)
@@ -93,11 +95,11 @@ def sample_scene(rng: random.Random, *, kind: str | None = None, coloured: bool 
         coloured = False if style in COLOURLESS else coloured
     if held_out and coloured is None:
         coloured = False
-    ground, chosen = None, []
+    wanted, chosen, canonical = ground, [], canonical or held_out
     while len(chosen) < different:                     # a ground on which so many objects are allowed
-        ground = rng.choice(tuple(PLAIN if held_out or rng.random() < 0.75 else SCENIC))
+        ground = wanted or rng.choice(tuple(PLAIN if held_out or rng.random() < 0.75 else SCENIC))
         chosen = _choose(rng, ground, different, coloured, held_out)
-    said = (lambda rng, word: word) if held_out else _say
+    said = (lambda rng, word: word) if canonical else _say
     words = [f"{colour} {said(rng, name)}" if colour else said(rng, name) for name, colour in chosen]
     if kind == "count":
         centres = rng.choice((ROW, rng.choice(TRIANGLES), rng.choice(TRIANGLES), SQUARE))
@@ -114,7 +116,7 @@ def sample_scene(rng: random.Random, *, kind: str | None = None, coloured: bool 
     else:
         phrase = article(words[0] if kind == "single" else f"{kind} {words[0]}")
     objects = _overlap(rng, chosen, relation) if kind == "overlap" else _place(rng, chosen, centres, kind)
-    caption = f"{phrase} {where(ground, ground)}" if held_out else _caption(rng, phrase, ground, kind, style)
+    caption = canonical_form(phrase, ground, style) if canonical else _caption(rng, phrase, ground, kind, style)
     return Scene(objects, ground, caption, kind, relation, style, seed)
 
 
@@ -177,13 +179,22 @@ def where(ground: str, word: str) -> str:
     return SCENIC[ground][0] if ground in SCENIC else f"on {article(word)} background"
 
 
+def canonical_form(phrase: str, ground: str, style: str | None) -> str:
+    """canonical_form("a cat", "sea", None) = "a cat in the sea", canonical_form("a cat", "sea", "pixel art") = "pixel art of a cat in the sea"."""
+    return STYLES[style][0].format(_seen(phrase, ground, ground, style)) if style else f"{phrase} {where(ground, ground)}"
+
+
+def _seen(phrase: str, ground: str, word: str, style: str) -> str:
+    """What a styled picture shows. A pencil knows no red: what has no colours is said without."""
+    return phrase if style in COLOURLESS and ground in PLAIN else f"{phrase} {where(ground, word)}"
+
+
 def _caption(rng: random.Random, phrase: str, ground: str, kind: str, style: str | None) -> str:
     """The canonical form three times of five; else a short form, a prefix, another order, or no word about the ground."""
     word = _say(rng, ground)
     full, bare = f"{phrase} {where(ground, word)}", phrase.removeprefix("a ").removeprefix("an ")
-    if style:                                          # Note: a pencil knows no red: what has no colours is said without
-        seen = phrase if style in COLOURLESS and ground in PLAIN else full
-        return rng.choice(STYLES[style]).format(seen)
+    if style:
+        return rng.choice(STYLES[style]).format(_seen(phrase, ground, word, style))
     verb, medium = "are" if kind == "count" else "is", rng.choice(("a picture", "a picture", "an image", "a photo"))
     forms = (full, f"{bare}, {word} background", f"{medium} of {full}", f"{article(word)} background with {phrase}", phrase,
              f"there {verb} {full}")

@@ -4,7 +4,8 @@
     SigLIP:  loss = -1/B sum_ij log sigmoid(±s_ij)         + where i = j                      (Zhai et al. 2023, arXiv:2303.15343)
     CLIP:    loss = (CE_j(s_ij, i) + CE_i(s_ij, j)) / 2    among all captions its own, and the other way round (arXiv:2103.00020)
 
-x_i is what the tower sees in a picture, y_j what the base model's CLIP makes of a caption, each through a linear map.
+x_i is what the tower sees in a picture, y_j what the base model's CLIP makes of a caption, each through a linear map. Every second batch
+shows all its objects on the same ground: there only the objects tell which caption is whose.
 """
 
 import math
@@ -18,32 +19,33 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..flux import Flux
-from ..prompt import encode_prompt
-from .pairs import moved
-from .scenes import Scene, render, sample_scene
+from ..prompt import Prompt, encode_prompt
+from .grounds import GROUNDS
+from .scenes import render, sample_scene
 from .train_autoencoder import to_tensor
 from .train_flow import BATCH
 from .training import train
-
-FIRST = 1 / 3                       # the share of the steps or minutes in which a tower learns, before what it is for
 
 Look = Callable[[nn.Module, Tensor], Tensor]                 # (tower, pictures (B, 3, S, S) in [-1, 1]) -> (B, hidden)
 
 
 class Pairing(nn.Module):
-    """A tower, and what its loss needs besides: pictures (B, 3, S, S), captions' vectors (B, width) -> logits of all pairs (B, B)."""
+    """A tower, and what its loss needs besides: pictures (B, 3, S, S), their captions -> logits of all pairs (B, B)."""
 
-    def __init__(self, tower: nn.Module, look: Look, hidden: int, width: int):
+    def __init__(self, tower: nn.Module, look: Look, loss_of: Callable[[Tensor], Tensor], hidden: int, width: int):
         super().__init__()
-        self.tower, self.look = tower, look
+        self.tower, self.look, self.loss_of = tower, look, loss_of
         self.picture_map, self.text_map = nn.Linear(hidden, width), nn.Linear(width, width)
         # Note: as one pair in B is right, b begins at about the logarithm of these odds: the paper's -10 belongs to batches of 32,768.
         self.logit_scale, self.logit_bias = nn.Parameter(torch.tensor(math.log(10))), nn.Parameter(torch.tensor(-math.log(BATCH)))
         nn.init.normal_(tower.vision_model.embeddings.position_embedding.weight, std=tower.config.hidden_size ** -0.5)
 
-    def forward(self, pictures: Tensor, vec: Tensor) -> Tensor:
-        x, y = self.picture_map(self.look(self.tower, pictures)), self.text_map(vec)        # (B, width) each
+    def forward(self, pictures: Tensor, captions: Prompt) -> Tensor:
+        x, y = self.picture_map(self.look(self.tower, pictures)), self.text_map(captions.vec)        # (B, width) each
         return self.logit_scale.exp() * F.normalize(x.float(), dim=-1) @ F.normalize(y.float(), dim=-1).T + self.logit_bias
+
+    def loss(self, pictures: Tensor, captions: Prompt) -> Tensor:
+        return self.loss_of(self(pictures, captions))
 
 
 def sigmoid_loss(logits: Tensor) -> Tensor:
@@ -58,42 +60,43 @@ def softmax_loss(logits: Tensor) -> Tensor:
     return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
 
 
-def pictures_to_read(flux: Flux, scenes: list[Scene], pictures: np.ndarray, rng: random.Random) -> Tensor:
-    """What is read where these pictures are to be painted, half of them with all objects moved: (n, 3, 128, 128)."""
-    return to_tensor(np.stack([picture if rng.random() < 0.5 else render(moved(scene, rng)) for scene, picture in zip(scenes, pictures)]))
+def pairs(flux: Flux, rng: random.Random, count: int, held_out: bool = False) -> tuple[Tensor, Prompt]:
+    """`count` new pictures (count, 3, 128, 128) and their captions, encoded; half of the time all on one ground."""
+    ground = rng.choice(GROUNDS) if rng.random() < 0.5 and not held_out else None
+    scenes = [sample_scene(rng, ground=ground, canonical=True, held_out=held_out) for _ in range(count)]
+    captions = encode_prompt(flux, [scene.caption for scene in scenes])
+    pictures = to_tensor(np.stack([render(scene) for scene in scenes])).to(captions.vec.device)
+    return pictures, Prompt(captions.txt.clone(), captions.vec.clone())                            # clones may be learnt from
 
 
-def pairs(flux: Flux, rng: random.Random, count: int, held_out: bool = False) -> tuple[Tensor, Tensor]:
-    """`count` new pictures (count, 3, 128, 128) and their captions' vectors (count, width)."""
-    scenes = [sample_scene(rng, held_out=held_out) for _ in range(count)]
-    vec = encode_prompt(flux, [scene.caption for scene in scenes]).vec
-    return to_tensor(np.stack([render(scene) for scene in scenes])).to(vec.device), vec.clone()        # a clone may be learnt from
-
-
-def train_tower(folder: Path, base: Flux, pairing: Callable[[], Pairing], loss_of: Callable[[Tensor], Tensor], *, steps: int | None,
-                minutes: float | None, lr: float, seed: int) -> dict[str, Tensor]:
-    """Learn which caption belongs to which picture; the tower's averaged weights. The log says for how many of 64 held-out pictures
-    the caption that is most alike is their own."""
+def learn_pairs(folder: Path, base: Flux, make: Callable[[], nn.Module], *, steps: int | None, minutes: float | None, lr: float, seed: int,
+                show: Callable[[int, nn.Module], dict] = lambda step, net: {}) -> dict[str, Tensor]:
+    """Learn which caption belongs to which picture: the averaged weights of the network that `make` makes, one like `Pairing`. The log says
+    for how many of 64 held-out pictures the caption that is most alike is their own, and what `show(step, the averaged network)` adds."""
     torch.manual_seed(0)
     device = base.mmdit.img_in.weight.device
-    net, unseen = pairing().to(device), pairs(base, random.Random(0), 64, held_out=True)
+    net, unseen = make().to(device), pairs(base, random.Random(0), 64, held_out=True)
 
     def loss(generator: torch.Generator) -> Tensor:
         batch = pairs(base, random.Random(int(torch.randint(2**62, (), generator=generator))), BATCH)
         with torch.autocast(device.type, torch.bfloat16):
-            return loss_of(net(*batch))
+            return net.loss(*batch)
 
     @torch.no_grad()
     def on_save(step: int, ema: dict[str, Tensor]) -> dict:
-        averaged = pairing().to(device)
+        averaged = make().to(device)
         averaged.load_state_dict(ema)
         found = averaged(*unseen).argmax(1).cpu()
-        return {"own caption found": float((found == torch.arange(len(found))).float().mean())}
+        return {"own caption found": float((found == torch.arange(len(found))).float().mean())} | show(step, averaged)
 
-    weights = train(net, loss, folder, lr=lr, steps=steps, minutes=minutes, seed=seed, on_save=on_save)
-    return {name.removeprefix("tower."): value for name, value in weights.items() if name.startswith("tower.")}
+    return train(net, loss, folder, lr=lr, steps=steps, minutes=minutes, seed=seed, on_save=on_save)
 
 
-def shares(steps: int | None, minutes: float | None) -> list[dict[str, float | None]]:
-    """How long the tower learns, and how long what it is for."""
-    return [{"steps": steps and max(1, round(share * steps)), "minutes": minutes and share * minutes} for share in (FIRST, 1 - FIRST)]
+def below(weights: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+    """Those of the module `name`: below({"tower.a": 1, "b": 2}, "tower") = {"a": 1}."""
+    return {key.removeprefix(f"{name}."): value for key, value in weights.items() if key.startswith(f"{name}.")}
+
+
+def share(part: float, steps: int | None, minutes: float | None) -> dict[str, float | None]:
+    """Of the length of a run, in steps or in minutes."""
+    return {"steps": steps and max(1, round(part * steps)), "minutes": minutes and part * minutes}

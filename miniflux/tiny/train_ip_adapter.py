@@ -1,16 +1,19 @@
-"""Stage 10: to follow a picture beside the prompt: an IP-Adapter, with a CLIP vision tower of its own. The model stays as it is.
+"""Stage 10: to follow a picture in the place of a prompt: an IP-Adapter, with a CLIP vision tower of its own. The model stays as it is.
 
-    loss = ‖v_base(x_t, t, caption, w; K, V) - (ε - z) - (v_base(x_t, t, caption, w) - v_base(x_t, t, caption, 1))‖²
+    loss = ‖v_base(x_t, t, "", w; K, V) - v_base(x_t, t, caption, w)‖²
 
 First CLIP's vision tower learns which caption belongs to which picture (`towers.py`). Then the adapter learns to make a few tokens of its
 vector, and of these the keys K and values V that the image tokens look at besides in the double blocks (Ye et al. 2023,
-arXiv:2308.06721, in XLabs' form). The network sees every second caption only, so that the picture alone often says what to paint; half
-of the pictures show the same objects in another place. The last two terms are what guidance w changes in the base model.
+arXiv:2308.06721, in XLabs' form): they are to do without a prompt what the caption does. The base model is a better teacher than the
+pictures: what it says with the caption has no noise in it that no caption could tell. Half of the pictures show the same objects in another
+place.
 """
 
+import random
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -25,15 +28,18 @@ from ..prompt import encode_prompt
 from ..sampling import image_ids, text_ids
 from . import export
 from .grounds import SIDE as PIXELS
-from .scenes import render
-from .towers import Pairing, pictures_to_read, shares, softmax_loss, train_tower
+from .pairs import moved
+from .scenes import Scene, render
+from .towers import Pairing, below, learn_pairs, share, softmax_loss
+from .train_autoencoder import to_tensor
 from .train_flow import BATCH, SIDE, noisy
-from .train_variant import SHOWN, encode_variant, guidance_change, side_by_side
+from .train_variant import SHOWN, encode_variant, side_by_side
 from .training import train, write_sheet
 
 CLIP_VISION = CLIPVisionConfig(hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=2, image_size=PIXELS,
                                patch_size=16, projection_dim=128)
 TOKENS = 4                          # that a picture becomes, as in XLabs' v1
+FIRST = 1 / 3                       # of the steps or minutes are CLIP's alone
 
 
 def look(clip: CLIPVision, pictures: Tensor) -> Tensor:
@@ -45,7 +51,12 @@ def pairing(width: int) -> Pairing:
     """A CLIP vision tower that is to learn."""
     clip = CLIPVision(CLIP_VISION)
     nn.init.normal_(clip.vision_model.embeddings.class_embedding, std=CLIP_VISION.hidden_size ** -0.5)
-    return Pairing(clip, look, CLIP_VISION.projection_dim, width)
+    return Pairing(clip, look, softmax_loss, CLIP_VISION.projection_dim, width)
+
+
+def pictures_to_read(flux: Flux, scenes: list[Scene], pictures: np.ndarray, rng: random.Random) -> Tensor:
+    """What is read where these pictures are to be painted, half of them with all objects moved: (n, 3, 128, 128)."""
+    return to_tensor(np.stack([picture if rng.random() < 0.5 else render(moved(scene, rng)) for scene, picture in zip(scenes, pictures)]))
 
 
 class Follower(nn.Module):
@@ -75,20 +86,19 @@ def train_adapter(folder: Path, base: Flux, clip: dict[str, Tensor], count: int,
     mmdit, nothing = base.mmdit.requires_grad_(False), encode_prompt(base, "")
     device = mmdit.img_in.weight.device
     ids = image_ids(SIDE, SIDE, device=device), text_ids(nothing.txt.shape[1], device=device)
-    follower, no_txt, no_vec = Follower(base).to(device), nothing.txt.clone(), nothing.vec.clone()
+    follower, no_txt, no_vec = Follower(base).to(device), nothing.txt.clone().expand(BATCH, -1, -1), nothing.vec.clone().expand(BATCH, -1)
     follower.clip.load_state_dict(clip)
 
     def loss(generator: torch.Generator) -> Tensor:
         index = torch.randint(len(columns[0]), (BATCH,), generator=generator)
         tokens, pictures, txt, vec = (part[index].to(device, torch.float32) for part in columns)
-        x, t, target = noisy(tokens, generator)
+        x, t, _ = noisy(tokens, generator)
         w = 1 + 5 * torch.rand(BATCH, generator=generator).to(device)
         with torch.autocast(device.type, torch.bfloat16), attention_backend("formula"):
-            guidance = guidance_change(mmdit, x, txt, vec, t, w, *ids)
-            silent = (torch.arange(BATCH) % 2 == 0).to(device)
-            txt, vec = torch.where(silent[:, None, None], no_txt, txt), torch.where(silent[:, None], no_vec, vec)
-            v = mmdit(x, txt, vec, t, w, *ids, image_kv=follower(pictures))
-        return (v.float() - target - guidance.float()).square().mean()
+            with torch.no_grad():
+                target = mmdit(x, txt, vec, t, w, *ids)
+            v = mmdit(x, no_txt, no_vec, t, w, *ids, image_kv=follower(pictures))
+        return (v.float() - target.float()).square().mean()
 
     def on_save(step: int, ema: dict[str, Tensor]) -> dict:
         averaged = Follower(base).to(device)
@@ -105,6 +115,6 @@ def run(folder: Path, base: Flux, steps: int | None, minutes: float | None, scen
     """Train CLIP's vision tower and an IP-Adapter for the model `base`, which stays as it is; writes both into the folder.
 
     Each has its own state in a folder below: a run that was killed goes on in the one that it was killed in."""
-    first, then = shares(steps, minutes)
-    clip = train_tower(folder / "clip", base, lambda: pairing(base.mmdit.config.vec_in_dim), softmax_loss, lr=lr, seed=10, **first)
-    train_adapter(folder / "adapter", base, clip, scenes, lr=lr, **then)
+    clip = below(learn_pairs(folder / "clip", base, lambda: pairing(base.mmdit.config.vec_in_dim), lr=lr, seed=10,
+                             **share(FIRST, steps, minutes)), "tower")
+    train_adapter(folder / "adapter", base, clip, scenes, lr=lr, **share(1 - FIRST, steps, minutes))

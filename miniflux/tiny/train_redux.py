@@ -1,13 +1,16 @@
 """Stage 9: to read pictures as it reads text: Redux, with a SigLIP of its own. The model itself stays as it is.
 
-    loss = ‖v(x_t, t, "" ⊕ redux(siglip(picture)), w) - (ε - z) - (v_base(x_t, t, caption, w) - v_base(x_t, t, caption, 1))‖²
+    d_ij = mean (redux(siglip(picture_i)) - t5(caption_j))²
+    loss = mean_i d_ii + (CE_j(-exp(a) d_ij, i) + CE_i(-exp(a) d_ij, j)) / 20
 
-First a small SigLIP learns which caption belongs to which picture (`towers.py`). Then Redux's embedder learns to say with such tokens,
-which follow those of the empty prompt, what is to be painted: half of the time the very picture that was read, half of the time the
-same objects on the same ground in another place, so that the results are variations. The last two terms are what guidance w changes in
-the base model, of a caption that describes the picture; Redux sees no caption.
+First a small SigLIP learns which caption belongs to which picture (`towers.py`). Then Redux's embedder learns to say of a picture what T5
+says of its caption, token for token, as often as there is room: nearest to what is said of the picture shall be its own caption. The
+distance alone would be content with the words that most captions share; what tells two captions apart is a small part of it.
+
+Captions tell objects, colours, the ground and how things stand to each other, but no places: so the results are variations.
 """
 
+import random
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,77 +18,64 @@ import torch
 from torch import Tensor, nn
 
 from ..flux import Flux
-from ..networks.attention import attention_backend
 from ..networks.siglip import ReduxConfig, ReduxEmbedder, SigLIP, SigLIPConfig
-from ..prompt import encode_prompt
+from ..prompt import Prompt
 from ..redux import redux
-from ..sampling import image_ids, text_ids
 from . import export
 from .grounds import SIDE as PIXELS
-from .scenes import render
-from .towers import Pairing, pictures_to_read, shares, sigmoid_loss, train_tower
-from .train_flow import BATCH, SIDE, noisy
-from .train_variant import SHOWN, encode_variant, guidance_change, side_by_side
-from .training import train, write_sheet
+from .scenes import render, sample_scene
+from .towers import Pairing, below, learn_pairs, share, sigmoid_loss, softmax_loss
+from .train_variant import SHOWN, side_by_side
+from .training import write_sheet
 
 SIGLIP = SigLIPConfig(hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=2, image_size=PIXELS, patch_size=16)
+FIRST = 1 / 3                       # of the steps or minutes are SigLIP's alone
 
 
 def pairing(width: int) -> Pairing:
     """A SigLIP that is to learn; what it sees in a picture is the mean of its tokens."""
-    return Pairing(SigLIP(SIGLIP), lambda siglip, pictures: siglip(pictures).mean(1), SIGLIP.hidden_size, width)
+    return Pairing(SigLIP(SIGLIP), lambda siglip, pictures: siglip(pictures).mean(1), sigmoid_loss, SIGLIP.hidden_size, width)
 
 
 class Reader(nn.Module):
-    """Pictures (B, 3, S, S) in [-1, 1] -> text tokens (B, N, width)."""
+    """Pictures (B, 3, S, S) in [-1, 1], their captions -> logits of all pairs (B, B), by the distance of the tokens."""
 
     def __init__(self, width: int):
         super().__init__()
         self.siglip, self.redux = SigLIP(SIGLIP), ReduxEmbedder(ReduxConfig(SIGLIP.hidden_size, width))
+        self.logit_scale = nn.Parameter(torch.tensor(3.0))
 
-    def forward(self, pictures: Tensor) -> Tensor:
-        return self.redux(self.siglip(pictures))
+    def distances(self, pictures: Tensor, captions: Prompt) -> Tensor:
+        said = self.redux(self.siglip(pictures))                                                   # (B, N, width)
+        txt = captions.txt.repeat(1, said.shape[1] // captions.txt.shape[1], 1)                    # (B, N, width)
+        return torch.cdist(said.flatten(1).float(), txt.flatten(1)).square() / txt[0].numel()      # (B, B)
 
+    def forward(self, pictures: Tensor, captions: Prompt) -> Tensor:
+        return -self.logit_scale.exp() * self.distances(pictures, captions)
 
-def train_embedder(folder: Path, base: Flux, siglip: dict[str, Tensor], count: int, *, steps: int | None, minutes: float | None,
-                   lr: float) -> None:
-    """Learn to say with the tokens of `count` pictures what the base model is to paint; SigLIP goes on learning with the embedder. Writes
-    both into the folder above, as `add_redux` takes them."""
-    torch.manual_seed(0)
-    *columns, shown = encode_variant(base, pictures_to_read, count, seed=70)        # z, pictures to read, encoded captions
-    mmdit, nothing = base.mmdit.requires_grad_(False), encode_prompt(base, "")
-    device, width = mmdit.img_in.weight.device, mmdit.config.context_in_dim
-    txt, vec = nothing.txt.clone().expand(BATCH, -1, -1), nothing.vec.clone().expand(BATCH, -1)
-    ids = image_ids(SIDE, SIDE, device=device)
-    short, long = (text_ids(txt.shape[1] + more, device=device) for more in (0, SIGLIP.num_patches))
-    reader = Reader(width).to(device)
-    reader.siglip.load_state_dict(siglip)
-
-    def loss(generator: torch.Generator) -> Tensor:
-        index = torch.randint(len(columns[0]), (BATCH,), generator=generator)
-        tokens, pictures, *said = (part[index].to(device, torch.float32) for part in columns)
-        x, t, target = noisy(tokens, generator)
-        w = 1 + 5 * torch.rand(BATCH, generator=generator).to(device)
-        with torch.autocast(device.type, torch.bfloat16), attention_backend("formula"):
-            guidance = guidance_change(mmdit, x, *said, t, w, ids, short)
-            v = mmdit(x, torch.cat([txt, reader(pictures)], dim=1), vec, t, w, ids, long)
-        return (v.float() - target - guidance.float()).square().mean()
-
-    def on_save(step: int, ema: dict[str, Tensor]) -> dict:
-        averaged = Reader(width).to(device)
-        averaged.load_state_dict(ema)
-        flux, given = replace(base, siglip=averaged.siglip, redux=averaged.redux), [render(scene) for scene in shown[:SHOWN]]
-        painted = [redux(flux, picture, steps=16, progress=False)[0] for picture in given]
-        export.write_redux(folder.parent, averaged.siglip, averaged.redux)
-        return write_sheet(folder.parent, step, *side_by_side(given, painted, [scene.caption for scene in shown[:SHOWN]]))
-
-    train(reader, loss, folder, lr=lr, steps=steps, minutes=minutes, seed=9, on_save=on_save)
+    def loss(self, pictures: Tensor, captions: Prompt) -> Tensor:
+        d = self.distances(pictures, captions)
+        return d.diagonal().mean() + softmax_loss(-self.logit_scale.exp() * d) / 10
 
 
-def run(folder: Path, base: Flux, steps: int | None, minutes: float | None, scenes: int, lr: float) -> None:
-    """Train SigLIP and Redux's embedder for the model `base`, which stays as it is; writes both into the folder.
+def run(folder: Path, base: Flux, steps: int | None, minutes: float | None, lr: float) -> None:
+    """Train SigLIP and Redux's embedder for the model `base`, which stays as it is; writes both into the folder, as `add_redux` takes them.
 
     Each has its own state in a folder below: a run that was killed goes on in the one that it was killed in."""
-    first, then = shares(steps, minutes)
-    siglip = train_tower(folder / "siglip", base, lambda: pairing(base.mmdit.config.vec_in_dim), sigmoid_loss, lr=lr, seed=8, **first)
-    train_embedder(folder / "embedder", base, siglip, scenes, lr=lr, **then)
+    width, rng = base.mmdit.config.context_in_dim, random.Random(70)
+    siglip = below(learn_pairs(folder / "siglip", base, lambda: pairing(base.mmdit.config.vec_in_dim), lr=lr, seed=8,
+                               **share(FIRST, steps, minutes)), "tower")
+    shown = [sample_scene(rng) for _ in range(SHOWN)]
+
+    def reader() -> Reader:
+        reader = Reader(width)
+        reader.siglip.load_state_dict(siglip)                                                      # which goes on learning
+        return reader
+
+    def show(step: int, reader: Reader) -> dict:
+        flux, given = replace(base, siglip=reader.siglip, redux=reader.redux), [render(scene) for scene in shown]
+        painted = [redux(flux, picture, steps=16, progress=False)[0] for picture in given]
+        export.write_redux(folder, reader.siglip, reader.redux)
+        return write_sheet(folder, step, *side_by_side(given, painted, [scene.caption for scene in shown]))
+
+    learn_pairs(folder / "embedder", base, reader, lr=lr, seed=9, show=show, **share(1 - FIRST, steps, minutes))

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 
 from miniflux.tiny import glyphs
+from miniflux.tiny.edits import describe
 from miniflux.tiny.glyphs import COLOURS, OBJECTS, SYNONYMS
-from miniflux.tiny.grounds import PLAIN, SCENIC, SIDE, paint_ground
+from miniflux.tiny.grounds import GROUNDS, PLAIN, SCENIC, SIDE, paint_ground
 from miniflux.tiny.scenes import (
+    KINDS,
     OVERLAPS,
     RELATIONS,
     Placed,
@@ -154,6 +156,23 @@ def test_every_object_of_a_held_out_scene_is_held_out_on_its_ground(kind, count)
         assert scene.kind == kind and len(scene.objects) == count and scene.style is None
         assert all(is_held_out(o.name, scene.ground) and is_visible(o.name, o.colour, scene.ground) for o in scene.objects)
         assert scene.caption.endswith(f" on {article(scene.ground)} background")
+
+
+@pytest.mark.parametrize("ground", GROUNDS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_ground_can_be_asked_for_with_every_kind(ground, kind):
+    scene = sample_scene(random.Random(3), kind=kind, ground=ground)
+    assert scene.ground == ground and scene.kind == kind
+    assert not any(is_held_out(o.name, ground) for o in scene.objects)
+
+
+def test_a_canonical_caption_has_one_wording_only():
+    """Oracle: `describe`, which knows the facts alone; it has no words for sizes, relations and numbers."""
+    for seed in range(300):
+        scene = sample_scene(random.Random(seed), canonical=True)
+        if scene.kind in ("single", "three", "four"):
+            assert scene.caption == describe(scene)
+        assert not any(word in scene.caption.split() for word in ("image", "photo", "there", "kitten", "watercolor"))
 
 
 def test_masks_cover_exactly_where_the_picture_differs_from_its_ground():

@@ -7,10 +7,13 @@ import numpy as np
 import pytest
 import torch
 
+from miniflux import load
 from miniflux.images import CLIP_COLOURS
+from miniflux.prompt import Prompt, encode_prompt
 from miniflux.tiny import towers, train_ip_adapter, train_redux
 from miniflux.tiny.scenes import render, sample_scene
-from miniflux.tiny.towers import shares, sigmoid_loss, softmax_loss
+from miniflux.tiny.towers import share, sigmoid_loss, softmax_loss
+from miniflux.tiny.train_autoencoder import to_tensor
 
 
 def test_the_sigmoid_loss_asks_for_the_diagonal():
@@ -38,18 +41,47 @@ def test_the_logits_are_cosines_with_a_scale_and_a_bias(stage):
         seen = net.tower(((pictures + 1) / 2 - mean) / deviation)
     x, y = net.picture_map(seen), net.text_map(vec)
     expected = 10 * float(x[2] @ y[1] / x[2].norm() / y[1].norm()) - math.log(towers.BATCH)
-    assert float(net(pictures, vec)[2, 1]) == pytest.approx(expected, abs=1e-4)
+    logits = net(pictures, Prompt(torch.zeros(3, 32, 128), vec))
+    assert float(logits[2, 1]) == pytest.approx(expected, abs=1e-4)
+    assert net.loss_of is (sigmoid_loss if stage is train_redux else softmax_loss)
 
 
 def test_about_half_of_the_pictures_to_read_are_those_to_paint(monkeypatch):
     scenes = [sample_scene(random.Random(seed), kind="single") for seed in range(40)]
     pictures = np.stack([render(scene) for scene in scenes])
-    read = towers.pictures_to_read(None, scenes, pictures, random.Random(0))
-    same = sum(torch.equal(a, b) for a, b in zip(read, towers.to_tensor(pictures)))
+    read = train_ip_adapter.pictures_to_read(None, scenes, pictures, random.Random(0))
+    same = sum(torch.equal(a, b) for a, b in zip(read, to_tensor(pictures)))
     assert read.shape == (40, 3, 128, 128) and 10 <= same <= 30
 
 
 @pytest.mark.parametrize("length, first, then", [((9, None), (3, None), (6, None)), ((None, 15.0), (None, 5.0), (None, 10.0)),
                                                  ((1, None), (1, None), (1, None))])
 def test_a_tower_learns_for_a_third_of_the_time(length, first, then):
-    assert [tuple(share.values()) for share in shares(*length)] == [pytest.approx(first), pytest.approx(then)]
+    assert [tuple(share(part, *length).values()) for part in (1 / 3, 2 / 3)] == [pytest.approx(first), pytest.approx(then)]
+
+
+def test_half_of_the_batches_show_all_objects_on_one_ground(monkeypatch):
+    """So that it is the objects which tell the captions apart."""
+    flux, drawn = load("tiny", device="cpu"), []
+    monkeypatch.setattr(towers, "sample_scene", lambda *rest, **keywords: drawn.append(sample_scene(*rest, **keywords)) or drawn[-1])
+    alike = 0
+    for seed in range(12):
+        drawn.clear()
+        pictures, captions = towers.pairs(flux, random.Random(seed), 6)
+        alike += len({scene.ground for scene in drawn}) == 1
+        assert torch.equal(pictures, to_tensor(np.stack([render(scene) for scene in drawn])))
+        assert torch.equal(captions.vec, encode_prompt(flux, [scene.caption for scene in drawn]).vec)
+    assert 3 <= alike <= 9
+
+
+def test_redux_is_to_say_what_t5_says_as_often_as_there_is_room():
+    """By hand: 64 tokens of a picture, 32 of a caption; the mean squared difference to the caption said twice, and its own to be least."""
+    torch.manual_seed(0)
+    reader, pictures, txt = train_redux.Reader(128), torch.randn(2, 3, 128, 128), torch.randn(2, 32, 128)
+    said = reader.redux(reader.siglip(pictures))
+    d = torch.stack([torch.stack([(said[i] - torch.cat([txt[j], txt[j]])).square().mean() for j in (0, 1)]) for i in (0, 1)])
+    captions = Prompt(txt, torch.zeros(2, 128))
+    assert torch.allclose(reader(pictures, captions), -math.exp(3) * d, rtol=1e-4)
+    z = (math.exp(3) * d).tolist()
+    tell = sum(math.log(1 + math.exp(own - other)) for own, other in ((z[0][0], z[0][1]), (z[1][1], z[1][0]), (z[0][0], z[1][0]), (z[1][1], z[0][1]))) / 4
+    assert float(reader.loss(pictures, captions)) == pytest.approx(float(d[0, 0] + d[1, 1]) / 2 + tell / 10, rel=1e-4)
