@@ -97,7 +97,12 @@ def sample_edit(rng: random.Random, kind: str | None = None, held_out: bool = Fa
             return scene, *done
 
 
+def named(scene: Scene) -> str:
+    """Its objects alone: "a cat and a red apple"."""
+    words = [f"{o.colour} {o.name}" if o.colour else o.name for o in scene.objects]
+    return enumerated(words) if words else "nothing"
+
+
 def describe(scene: Scene) -> str:
     """A caption in the canonical form, of any scene: "a cat and a red apple on a blue background"."""
-    words = [f"{o.colour} {o.name}" if o.colour else o.name for o in scene.objects]
-    return canonical_form(enumerated(words) if words else "nothing", scene.ground, scene.style)
+    return canonical_form(named(scene), scene.ground, scene.style)

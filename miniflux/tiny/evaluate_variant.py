@@ -8,13 +8,14 @@
     depth     the part that differs from the ground is the part that was given as near: intersection over union
     kontext   where the edit changes the picture, the result is twice as near to the scene after as to the one before;
               elsewhere, the peak signal-to-noise ratio to the scene before
-    redux     the judge sees in the result the object, the colour and the ground of the picture that was read; ip-adapter the same,
-              without a prompt
+    redux     the judge sees in the result the object, the colour and the ground of the picture that was read; ip-adapter the ground of
+              that picture, and the object and the colour of the prompt
 
 Each figure stands beside that of the true scene after the autoencoder, which no variant can exceed.
 """
 
 import random
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -31,11 +32,11 @@ from ..images import check_number, check_output, save
 from ..kontext_edit import kontext_edit
 from ..networks.controlnet import ControlNet
 from ..redux import redux
-from .edits import EDITS, sample_edit
+from .edits import EDITS, named, sample_edit
 from .evaluate import rates, round_trip
 from .grounds import SIDE, paint_ground
 from .judge import judge
-from .pairs import depth_map, edges
+from .pairs import alike, depth_map, edges
 from .scenes import Scene, contact_sheet, object_masks, render, sample_scene
 from .train_variant import VARIANTS
 
@@ -116,14 +117,25 @@ def measure_edits(flux: Flux, count: int, seed: int = 0, steps: int = 28) -> tup
 
 
 def measure_variations(flux: Flux, count: int, seed: int = 0, steps: int = 28) -> tuple[dict[str, float], np.ndarray]:
-    """The same for a model that reads pictures, with Redux or an IP-Adapter; every second object has another colour than by itself."""
+    """The same for a model that reads pictures; every second object has another colour than by itself. Redux reads the scenes; an
+    IP-Adapter is told the objects, and reads pictures of others on their grounds."""
     scenes = [sample_scene(random.Random(seed + i), kind="single", coloured=i % 2 == 1, held_out=True) for i in range(count)]
     true = np.stack([render(scene) for scene in scenes])
-    paint = redux if flux.redux else lambda flux, picture, **keywords: generate(flux, "", ip_image=picture, **keywords)
-    pictures = np.stack([np.asarray(paint(flux, picture, seed=seed + i, steps=steps, progress=False)[0]) for i, picture in enumerate(true)])
+
+    def paint(what: Callable[[int], list]) -> np.ndarray:
+        return np.stack([np.asarray(what(i)[0]) for i in range(count)])
+
+    def followed(i: int, scale: float = 1.0) -> list:
+        return generate(flux, named(scenes[i]), ip_image=render(alike(scenes[i], random.Random(seed + i))), ip_scale=scale, seed=seed + i,
+                        steps=steps, progress=False)
+
+    pictures = paint((lambda i: redux(flux, true[i], seed=seed + i, steps=steps, progress=False)) if flux.redux else followed)
+    results = {"": pictures, ", at best": round_trip(flux, true)}
+    if not flux.redux:
+        results[", without the picture"] = paint(lambda i: followed(i, 0.0))
     figures = {}
-    for suffix, results in (("", pictures), (", at best", round_trip(flux, true))):
-        seen = rates(judge(results), scenes)
+    for suffix, painted in results.items():
+        seen = rates(judge(painted), scenes)
         figures |= {f"{what} right{suffix}": getattr(seen, what) for what in ("object", "colour", "ground")}
     return figures, pictures
 

@@ -8,6 +8,7 @@ Before what a task makes of a picture stands what it was given.
 import numpy as np
 from PIL import Image, ImageDraw
 
+from ..adapters.ip_adapter import add_ip_adapter
 from ..adapters.lora import add_lora
 from ..canny import canny
 from ..cli import Parser
@@ -20,6 +21,7 @@ from ..image_to_image import image_to_image
 from ..images import check_output, save
 from ..inpaint import inpaint
 from ..kontext_edit import kontext_edit
+from ..redux import redux
 from .scenes import contact_sheet
 
 PROMPTS = ("a fox on a blue background", "a blue teapot on a yellow background", "two owls at night", "a boat in the sea",
@@ -61,6 +63,10 @@ def pictures() -> list[tuple[str, np.ndarray]]:
     kontext, quick = load("tiny-kontext"), sheet[6][1]
     for what, given in (("make the background green", fox), ("turn it into a pencil sketch", quick), ("replace the dog with a cat", quick)):
         sheet += [("given", given), (f"kontext_edit: {what}", *kontext_edit(kontext, what, given, **quiet))]
+    reader, follower = load("tiny-redux"), add_ip_adapter(flux, "tiny-ip-adapter")
+    for what, given, painted in (("redux", fox, redux(reader, fox, **quiet)), ("redux", quick, redux(reader, quick, **quiet)),
+                                 ("an IP-Adapter", teapot, generate(follower, "", ip_image=teapot, **quiet))):
+        sheet += [("given", given), (what, *painted)]
     sheet += zip([f"a LoRA: {prompt}" for prompt in NEON], generate(add_lora(flux, "tiny-neon"), list(NEON), **quiet))
     return [(what, np.asarray(picture)) for what, picture in sheet]
 

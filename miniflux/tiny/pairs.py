@@ -4,7 +4,7 @@
     edges            of the rendered picture, by `canny`                         -> canny, controlnet
     depth_map        the ground recedes upwards, a larger object is nearer       -> depth, controlnet
     blurred, grey    the picture with less in it                                 -> controlnet
-    moved            the same facts elsewhere                                    -> redux, ip-adapter
+    alike            other objects on the same ground, in the same style         -> ip-adapter
 """
 
 import random
@@ -15,7 +15,7 @@ from PIL import Image, ImageFilter
 
 from ..canny import canny
 from .grounds import SIDE
-from .scenes import Scene, object_masks, render
+from .scenes import Scene, object_masks, render, sample_scene
 
 FAR, NEAR = 30, 150                                    # brightness of a ground at its upper and at its lower edge
 
@@ -57,11 +57,9 @@ def grey(picture: np.ndarray) -> np.ndarray:
     return np.asarray(Image.fromarray(picture).convert("L").convert("RGB"))
 
 
-def moved(scene: Scene, rng: random.Random) -> Scene:
-    """The same facts elsewhere: all objects are moved together, as far as there is room, and the ground has other details."""
-    dx = rng.randint(-min(o.x for o in scene.objects), SIDE - max(o.x + o.size for o in scene.objects))
-    dy = rng.randint(-min(o.y for o in scene.objects), SIDE - max(o.y + o.size for o in scene.objects))
-    return replace(scene, objects=tuple(replace(o, x=o.x + dx, y=o.y + dy) for o in scene.objects), seed=rng.getrandbits(32))
+def alike(scene: Scene, rng: random.Random) -> Scene:
+    """Other objects on the same ground, in the same style."""
+    return replace(sample_scene(rng, ground=scene.ground), style=scene.style)
 
 
 def all_of(scene: Scene, rng: random.Random) -> list[tuple[np.ndarray, str]]:
@@ -70,4 +68,4 @@ def all_of(scene: Scene, rng: random.Random) -> list[tuple[np.ndarray, str]]:
     shades = np.linspace(255, 100, len(masks), dtype=np.uint8)[:, None, None] * masks               # each object another grey
     return [(picture, scene.caption), (np.repeat(shades.max(0)[..., None], 3, axis=-1), "masks of the objects"),
             (np.where(hole(scene, rng)[..., None], np.uint8(128), picture), "a hole"), (edges(picture), "edges"),
-            (depth_map(scene), "depths"), (blurred(picture), "blurred"), (grey(picture), "grey"), (render(moved(scene, rng)), "moved")]
+            (depth_map(scene), "depths"), (blurred(picture), "blurred"), (grey(picture), "grey"), (render(alike(scene, rng)), "alike")]

@@ -46,7 +46,7 @@ from . import (
 )
 
 SCENES = {"vocabulary": 20_000, "autoencoder": 6_000, "base": 36_000, "guidance": 36_000, "schnell": 4_000, "kontext": 6_000, "style": 3_000,
-          "controlnet": 6_000, "ip-adapter": 6_000} | dict.fromkeys(train_variant.VARIANTS, 6_000)
+          "controlnet": 6_000, "redux": 6_000, "ip-adapter": 6_000} | dict.fromkeys(train_variant.VARIANTS, 6_000)
 
 
 def averaged(folder: Path) -> dict[str, Tensor]:
@@ -97,14 +97,14 @@ def train_painter_stage(work: Path, stage: str, steps: int | None, minutes: floa
     export.write_text_encoders(work / "model", painter.clip, painter.t5)
 
 
-def train_variant_stage(work: Path, stage: str, steps: int | None, minutes: float | None, scenes: int | None, device: torch.device,
+def train_variant_stage(work: Path, stage: str, steps: int | None, minutes: float | None, scenes: int, device: torch.device,
                         base: str) -> None:
     """A variant of a model that is there, by default the shipped one."""
     flux = load(base, device=device, dtype=torch.float32)
     if stage == "controlnet":                              # no variant, but a network beside the model
         return train_controlnet.run(work / stage, flux, steps, minutes, scenes, lr=1e-3)
     if stage == "ip-adapter":
-        return train_ip_adapter.run(work / stage, flux, steps, minutes, scenes, lr=1e-3)
+        return train_ip_adapter.run(work / stage, flux, steps, minutes, scenes, lr=2e-3)
     student = load(base, device=device, dtype=torch.float32)
     if stage == "style":                                   # nor is this: a LoRA that may be added or left
         return train_style.run(work / stage, flux, student, steps, minutes, scenes, lr=2e-3)
@@ -115,7 +115,7 @@ def train_variant_stage(work: Path, stage: str, steps: int | None, minutes: floa
     elif stage == "kontext":
         train_kontext.run(work / stage, flux, student, steps, minutes, scenes, lr=2e-3)
     elif stage == "redux":                                 # the model stays as it is, and learns to read pictures
-        train_redux.run(work / stage, flux, steps, minutes, lr=1e-3)
+        train_redux.run(work / stage, flux, steps, minutes, scenes, lr=1e-3)
     else:
         train_variant.run(work / stage, stage, flux, student, steps, minutes, scenes, lr=2e-3)
     go_on_alone()
@@ -125,24 +125,22 @@ def train_variant_stage(work: Path, stage: str, steps: int | None, minutes: floa
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(prog="python -m miniflux.tiny.train", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=[*SCENES, "redux"])
+    parser.add_argument("stage", choices=list(SCENES))
     parser.add_argument("--base", default="tiny", choices=whole_models(), help="the model of which schnell, kontext, redux, fill, canny and depth are variants, and for which controlnet, style and ip-adapter are (default tiny)")
     parser.add_argument("--start", help="the model whose weights the stages autoencoder and base begin with (default: random ones)")
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--minutes", type=float, help="train for so long (default 15)")
     length.add_argument("--steps", type=int, help="train for so many steps")
-    parser.add_argument("--scenes", type=int, help=f"how many scenes to learn from (default {SCENES}; redux sees new ones at every step)")
+    parser.add_argument("--scenes", type=int, help=f"how many scenes to learn from (default {SCENES})")
     parser.add_argument("--work", type=Path, default=Path("tiny-training"), help="the folder of all results (default tiny-training)")
     parser.add_argument("--device", type=find_device, default=find_device(), help="default: CUDA, then MPS, then the CPU")
     parser.add_argument("--compile", action="store_true", help="run base and guidance through torch.compile: after a minute's wait a step takes "
                         "0.7 times as long; needs a C++ compiler")
     args = parser.parse_args(argv)
     minutes = args.minutes if args.minutes or args.steps else 15.0
-    scenes = args.scenes or SCENES.get(args.stage)
+    scenes = args.scenes or SCENES[args.stage]
     if args.start and args.stage not in ("autoencoder", "base"):
         parser.error(f"the stage {args.stage} begins with what the stage before it left: --start is for autoencoder and base")
-    if args.scenes and args.stage == "redux":
-        parser.error("redux sees new scenes at every step: leave --scenes out")
     device = args.device
     try:
         if distributed.several():

@@ -32,7 +32,7 @@ from .train_autoencoder import to_tensor
 from .train_flow import BATCH, SIDE, noisy
 from .training import train, write_sheet
 
-RANK = 32
+RANK, KEPT = 32, 24                 # of the factors while they learn, and in the file
 SHOWN = 16                          # pictures on a sample sheet
 FILL_GUIDANCE = 30 / 3.5            # fill's guidance is 30 where the base model's is 3.5
 
@@ -102,9 +102,19 @@ def guidance_change(base: MMDiT, x: Tensor, txt: Tensor, vec: Tensor, t: Tensor,
     return base(x, txt, vec, t, w, *ids) - base(x, txt, vec, t, torch.ones_like(w), *ids)
 
 
+def reduced(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The factors (rank, in) and (out, rank) whose product is the nearest to B A of that rank (Eckart and Young 1936)."""
+    U, s, V = torch.linalg.svd(B @ A, full_matrices=False)
+    root = s[:rank].sqrt()
+    return root[:, None] * V[:rank], U[:, :rank] * root
+
+
 def write_lora(path: Path, changes: dict[str, LowRank], weights: dict[str, Tensor]) -> None:
-    """The learnt factors under the names of BFL's Control LoRAs, in bfloat16."""
-    factors = {f"{name}.lora_{kind}.weight": weights[f"{name}.parametrizations.weight.0.{kind}"] for name in changes for kind in "AB"}
+    """The learnt factors, reduced in rank, under the names of BFL's Control LoRAs, in bfloat16."""
+    factors = {}
+    for name in changes:
+        A, B = reduced(*(weights[f"{name}.parametrizations.weight.0.{kind}"].float() for kind in "AB"), KEPT)
+        factors |= {f"{name}.lora_A.weight": A, f"{name}.lora_B.weight": B}
     partial = path.with_suffix(".part")
     save_file({name: tensor.bfloat16().contiguous() for name, tensor in factors.items()}, partial)
     partial.replace(path)

@@ -46,14 +46,6 @@ def test_the_logits_are_cosines_with_a_scale_and_a_bias(stage):
     assert net.loss_of is (sigmoid_loss if stage is train_redux else softmax_loss)
 
 
-def test_about_half_of_the_pictures_to_read_are_those_to_paint(monkeypatch):
-    scenes = [sample_scene(random.Random(seed), kind="single") for seed in range(40)]
-    pictures = np.stack([render(scene) for scene in scenes])
-    read = train_ip_adapter.pictures_to_read(None, scenes, pictures, random.Random(0))
-    same = sum(torch.equal(a, b) for a, b in zip(read, to_tensor(pictures)))
-    assert read.shape == (40, 3, 128, 128) and 10 <= same <= 30
-
-
 @pytest.mark.parametrize("length, first, then", [((9, None), (3, None), (6, None)), ((None, 15.0), (None, 5.0), (None, 10.0)),
                                                  ((1, None), (1, None), (1, None))])
 def test_a_tower_learns_for_a_third_of_the_time(length, first, then):

@@ -34,6 +34,15 @@ def test_a_stage_writes_a_folder_that_load_opens(tmp_path, quick, capsys, varian
     assert 0 < change.abs().max() < 0.1
 
 
+def test_a_lora_is_reduced_to_the_nearest_of_its_rank():
+    """Oracle: numpy's singular values; what is lost is exactly the smallest ones."""
+    A, B = torch.randn(32, 64, dtype=torch.float64), torch.randn(48, 32, dtype=torch.float64)
+    a, b = train_variant.reduced(A, B, 24)
+    lost = np.linalg.svd((B @ A).numpy(), compute_uv=False)[24:]
+    assert a.shape == (24, 64) and b.shape == (48, 24)
+    assert float((B @ A - b @ a).norm()) == pytest.approx(float(np.linalg.norm(lost)), rel=1e-9)
+
+
 def test_schnell_is_written_as_a_lora_with_its_guidance_and_loads_without_one(tmp_path, monkeypatch):
     monkeypatch.setattr(train_schnell, "BATCH", 4)
     with torch.enable_grad():
