@@ -65,7 +65,7 @@ def pictures() -> list[tuple[str, np.ndarray]]:
         sheet += [("given", given), (f"kontext_edit: {what}", *kontext_edit(kontext, what, given, **quiet))]
     reader, follower = load("tiny-redux"), add_ip_adapter(flux, "tiny-ip-adapter")
     for what, given, painted in (("redux", fox, redux(reader, fox, **quiet)), ("redux", quick, redux(reader, quick, **quiet)),
-                                 ("an IP-Adapter", teapot, generate(follower, "", ip_image=teapot, **quiet))):
+                                 ("an IP-Adapter: a house", teapot, generate(follower, "a house", ip_image=teapot, **quiet))):
         sheet += [("given", given), (what, *painted)]
     sheet += zip([f"a LoRA: {prompt}" for prompt in NEON], generate(add_lora(flux, "tiny-neon"), list(NEON), **quiet))
     return [(what, np.asarray(picture)) for what, picture in sheet]
