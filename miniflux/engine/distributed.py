@@ -20,6 +20,8 @@ import atexit
 import copy
 import math
 import os
+import sys
+import time
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -40,6 +42,7 @@ from .offload import change_networks
 
 _shared = False                                             # whether this process computes a share of a step just now
 _store = None                                               # where the processes leave notes for each other
+_broken = False                                             # whether another process has ended too early
 
 
 # ---------------------------------------------------------------------------------------------------------- the processes
@@ -66,8 +69,18 @@ def start(device: str | None = None) -> torch.device:
         torch.cuda.set_device(here)
     _store, rank, size = next(dist.rendezvous("env://"))
     dist.init_process_group(backend, store=_store, rank=rank, world_size=size)
-    atexit.register(dist.destroy_process_group)             # Note: or its threads may abort a process that is done
+    atexit.register(leave)
     return here
+
+
+def leave() -> None:
+    """At the end of this process. Note: threads that still wait for another process would abort one that is done."""
+    if _broken:                                             # destroying the group does not help where a sharded network holds it too
+        sys.stdout.flush()
+        sys.stderr.flush()
+        time.sleep(1)                                       # torchrun is to see, and to report, the process that died first
+        os._exit(1)
+    dist.destroy_process_group()
 
 
 def fails_first() -> bool:
@@ -81,11 +94,13 @@ def fails_first() -> bool:
 @contextmanager
 def together():
     """What fails within because another process is gone becomes one sentence."""
+    global _broken
     try:
         yield
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):  # gloo's errors have no class, but name its files
             raise
+        _broken = True
         raise ConnectionError(f"another process of this run has ended ({' '.join(str(error).split())[:120]}): see what it said, "
                               "and start all of them again") from None
 
