@@ -4,8 +4,8 @@
     SigLIP:  loss = -1/B sum_ij log sigmoid(±s_ij)         + where i = j                      (Zhai et al. 2023, arXiv:2303.15343)
     CLIP:    loss = (CE_j(s_ij, i) + CE_i(s_ij, j)) / 2    among all captions its own, and the other way round (arXiv:2103.00020)
 
-x_i is what the tower sees in a picture, y_j what the base model's CLIP makes of a caption, each through a linear map. Every second batch
-shows all its objects on the same ground: there only the objects tell which caption is whose.
+x_i is what the tower sees in a picture, y_j what the base model's CLIP makes of a caption, each through a linear map. Half of the batches
+show all their objects on the same ground: there only the objects tell which caption is whose.
 """
 
 import math
@@ -69,10 +69,10 @@ def pairs(flux: Flux, rng: random.Random, count: int, held_out: bool = False) ->
     return pictures, Prompt(captions.txt.clone(), captions.vec.clone())                            # clones may be learnt from
 
 
-def learn_pairs(folder: Path, base: Flux, make: Callable[[], nn.Module], *, steps: int | None, minutes: float | None, lr: float, seed: int,
-                show: Callable[[int, nn.Module], dict] = lambda step, net: {}) -> dict[str, Tensor]:
+def learn_pairs(folder: Path, base: Flux, make: Callable[[], nn.Module], *, steps: int | None, minutes: float | None, lr: float, seed: int
+                ) -> dict[str, Tensor]:
     """Learn which caption belongs to which picture: the averaged weights of the network that `make` makes, one like `Pairing`. The log says
-    for how many of 64 held-out pictures the caption that is most alike is their own, and what `show(step, the averaged network)` adds."""
+    for how many of 64 held-out pictures the caption that is most alike is their own."""
     torch.manual_seed(0)
     device = base.mmdit.img_in.weight.device
     net, unseen = make().to(device), pairs(base, random.Random(0), 64, held_out=True)
@@ -87,7 +87,7 @@ def learn_pairs(folder: Path, base: Flux, make: Callable[[], nn.Module], *, step
         averaged = make().to(device)
         averaged.load_state_dict(ema)
         found = averaged(*unseen).argmax(1).cpu()
-        return {"own caption found": float((found == torch.arange(len(found))).float().mean())} | show(step, averaged)
+        return {"own caption found": float((found == torch.arange(len(found))).float().mean())}
 
     return train(net, loss, folder, lr=lr, steps=steps, minutes=minutes, seed=seed, on_save=on_save)
 

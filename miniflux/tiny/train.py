@@ -9,7 +9,7 @@
     python -m miniflux.tiny.train fill --minutes 12              canny, depth likewise
     python -m miniflux.tiny.train controlnet --minutes 20
     python -m miniflux.tiny.train style --minutes 8
-    python -m miniflux.tiny.train redux --minutes 30             ip-adapter likewise
+    python -m miniflux.tiny.train redux --minutes 40             ip-adapter likewise
 
 Everything lies below `--work`: each stage's state, log and sample sheet in its own folder, and in `model/` the model so
 far, which `miniflux.load` opens once it is complete. A stage that was interrupted goes on where its last saved state ended.
@@ -104,7 +104,7 @@ def train_variant_stage(work: Path, stage: str, steps: int | None, minutes: floa
     if stage == "controlnet":                              # no variant, but a network beside the model
         return train_controlnet.run(work / stage, flux, steps, minutes, scenes, lr=1e-3)
     if stage == "ip-adapter":
-        return train_ip_adapter.run(work / stage, flux, steps, minutes, scenes, lr=2e-3)
+        return train_ip_adapter.run(work / stage, flux, steps, minutes, scenes, lr=1e-3)
     student = load(base, device=device, dtype=torch.float32)
     if stage == "style":                                   # nor is this: a LoRA that may be added or left
         return train_style.run(work / stage, flux, student, steps, minutes, scenes, lr=2e-3)

@@ -130,4 +130,4 @@ def run(folder: Path, base: Flux, steps: int | None, minutes: float | None, scen
     Each has its own state in a folder below: a run that was killed goes on in the one that it was killed in."""
     clip = below(learn_pairs(folder / "clip", base, lambda: pairing(base.mmdit.config.vec_in_dim), lr=lr, seed=10,
                              **share(FIRST, steps, minutes)), "tower")
-    train_adapter(folder / "adapter", base, clip, scenes, lr=lr, **share(1 - FIRST, steps, minutes))
+    train_adapter(folder / "adapter", base, clip, scenes, lr=2 * lr, **share(1 - FIRST, steps, minutes))

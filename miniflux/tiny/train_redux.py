@@ -14,7 +14,6 @@ Captions tell objects, colours, the ground and how things stand to each other, b
 """
 
 import random
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,7 +29,7 @@ from ..redux import redux
 from ..sampling import image_ids, text_ids
 from . import export
 from .grounds import SIDE as PIXELS
-from .scenes import Scene, render, sample_scene
+from .scenes import Scene, render
 from .towers import Pairing, below, learn_pairs, share, sigmoid_loss, softmax_loss
 from .train_autoencoder import to_tensor
 from .train_flow import BATCH, SIDE, noisy
@@ -74,12 +73,14 @@ def pictures_themselves(flux: Flux, scenes: list[Scene], pictures: np.ndarray, r
     return to_tensor(pictures)
 
 
-def train_to_be_understood(folder: Path, base: Flux, reader: Reader, count: int, *, steps: int | None, minutes: float | None, lr: float,
-                           show: Callable[[int, nn.Module], dict]) -> None:
-    """Learn from `count` scenes to do without a caption what the caption does."""
-    *columns, _ = encode_variant(base, pictures_themselves, count, seed=70)                        # z, pictures, encoded captions
+def train_to_be_understood(folder: Path, base: Flux, reader: Reader, count: int, *, steps: int | None, minutes: float | None,
+                           lr: float) -> None:
+    """Learn from `count` scenes to do without a caption what the caption does. Writes SigLIP and the embedder into the folder above, as
+    `add_redux` takes them."""
+    *columns, shown = encode_variant(base, pictures_themselves, count, seed=70)                    # z, pictures, encoded captions
     mmdit, nothing = base.mmdit.requires_grad_(False), encode_prompt(base, "")
-    device, reader = mmdit.img_in.weight.device, reader.to(mmdit.img_in.weight.device)
+    device = mmdit.img_in.weight.device
+    reader.to(device)
     txt, vec = nothing.txt.clone().expand(BATCH, -1, -1), nothing.vec.clone().expand(BATCH, -1)
     ids = image_ids(SIDE, SIDE, device=device)
     short, long = (text_ids(txt.shape[1] + more, device=device) for more in (0, SIGLIP.num_patches))
@@ -98,31 +99,27 @@ def train_to_be_understood(folder: Path, base: Flux, reader: Reader, count: int,
     def on_save(step: int, ema: dict[str, Tensor]) -> dict:
         averaged = Reader(txt.shape[-1]).to(device)
         averaged.load_state_dict(ema)
-        return show(step, averaged)
+        flux, given = replace(base, siglip=averaged.siglip, redux=averaged.redux), [render(scene) for scene in shown[:SHOWN]]
+        painted = [redux(flux, picture, steps=16, progress=False)[0] for picture in given]
+        export.write_redux(folder.parent, averaged.siglip, averaged.redux)
+        return write_sheet(folder.parent, step, *side_by_side(given, painted, [scene.caption for scene in shown[:SHOWN]]))
 
     train(reader, loss, folder, lr=lr, steps=steps, minutes=minutes, seed=12, on_save=on_save)
 
 
 def run(folder: Path, base: Flux, steps: int | None, minutes: float | None, scenes: int, lr: float) -> None:
-    """Train SigLIP and Redux's embedder for the model `base`, which stays as it is; writes both into the folder, as `add_redux` takes them.
+    """Train SigLIP and Redux's embedder for the model `base`, which stays as it is; writes both into the folder.
 
     Each step has its own state in a folder below: a run that was killed goes on in the one that it was killed in."""
-    width, rng = base.mmdit.config.context_in_dim, random.Random(70)
+    sizes = base.mmdit.config
     first, words, pictures = (share(part, steps, minutes) for part in SHARES)
-    siglip = below(learn_pairs(folder / "siglip", base, lambda: pairing(base.mmdit.config.vec_in_dim), lr=lr, seed=8, **first), "tower")
-    shown = [sample_scene(rng) for _ in range(SHOWN)]
+    siglip = below(learn_pairs(folder / "siglip", base, lambda: pairing(sizes.vec_in_dim), lr=lr, seed=8, **first), "tower")
 
-    def reader() -> Reader:
-        reader = Reader(width)
+    def make() -> Reader:
+        reader = Reader(sizes.context_in_dim)
         reader.siglip.load_state_dict(siglip)                                                      # which goes on learning
         return reader
 
-    def show(step: int, reader: Reader) -> dict:
-        flux, given = replace(base, siglip=reader.siglip, redux=reader.redux), [render(scene) for scene in shown]
-        painted = [redux(flux, picture, steps=16, progress=False)[0] for picture in given]
-        export.write_redux(folder, reader.siglip, reader.redux)
-        return write_sheet(folder, step, *side_by_side(given, painted, [scene.caption for scene in shown]))
-
-    start = reader()
-    start.load_state_dict(learn_pairs(folder / "words", base, reader, lr=lr, seed=9, **words))
-    train_to_be_understood(folder / "pictures", base, start, scenes, lr=lr, show=show, **pictures)
+    reader = make()
+    reader.load_state_dict(learn_pairs(folder / "words", base, make, lr=lr, seed=9, **words))
+    train_to_be_understood(folder / "pictures", base, reader, scenes, lr=lr, **pictures)

@@ -1,4 +1,4 @@
-"""The LoRA, the ControlNet, Redux and the IP-Adapter that ship with the package. Oracles: diffusers with the same files; the figures of `evaluate_variant`."""
+"""LoRA, ControlNet, Redux and IP-Adapter as they ship. Oracles: diffusers with the same files; the figures of `evaluate_variant`."""
 
 import random
 

@@ -48,7 +48,7 @@ def test_the_logits_are_cosines_with_a_scale_and_a_bias(stage):
 
 @pytest.mark.parametrize("length, first, then", [((9, None), (3, None), (6, None)), ((None, 15.0), (None, 5.0), (None, 10.0)),
                                                  ((1, None), (1, None), (1, None))])
-def test_a_tower_learns_for_a_third_of_the_time(length, first, then):
+def test_a_share_of_a_run_is_counted_in_what_the_run_is(length, first, then):
     assert [tuple(share(part, *length).values()) for part in (1 / 3, 2 / 3)] == [pytest.approx(first), pytest.approx(then)]
 
 
