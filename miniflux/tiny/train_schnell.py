@@ -53,7 +53,7 @@ def run(folder: Path, teacher: Flux, student: Flux, steps: int | None, minutes: 
     torch.manual_seed(0)
     states, txt, vec = paths(teacher, count, seed=30)
     student = replace(student, config=replace(student.config, dynamic_shift=False, shift=1.0))      # its times are quarters
-    mmdit, changes = student.mmdit, with_factors(student.mmdit, 0)
+    mmdit, changes = student.mmdit, with_factors(student.mmdit)
     device, times = mmdit.img_in.weight.device, torch.linspace(1, 0, STEPS + 1)
     ids = image_ids(SIDE, SIDE, device=device), text_ids(txt.shape[1], device=device)
     guidance = torch.full((BATCH,), GUIDANCE, device=device)
@@ -68,4 +68,4 @@ def run(folder: Path, teacher: Flux, student: Flux, steps: int | None, minutes: 
     def show() -> tuple[list, list[str]]:
         return generate(student, PROMPTS, steps=STEPS, guidance=GUIDANCE, progress=False), PROMPTS
 
-    train_lora(folder, student, changes, loss, show, steps=steps, minutes=minutes, lr=lr, seed=4)
+    train_lora(folder, mmdit, changes, loss, show, steps=steps, minutes=minutes, lr=lr, seed=4)

@@ -47,7 +47,7 @@ def run(folder: Path, base: Flux, student: Flux, steps: int | None, minutes: flo
     """Train a LoRA for `student`, another copy of the model `base`, which is changed; writes it into the folder."""
     torch.manual_seed(0)
     _, *columns, _ = encode_variant(base, neon_inputs, scenes, seed=60)          # tokens in neon light, encoded captions
-    mmdit, changes = student.mmdit, with_factors(student.mmdit, 0, RANK)
+    mmdit, changes = student.mmdit, with_factors(student.mmdit, RANK)
     device = mmdit.img_in.weight.device
     ids = image_ids(SIDE, SIDE, device=device), text_ids(columns[1].shape[1], device=device)
 
@@ -64,7 +64,7 @@ def run(folder: Path, base: Flux, student: Flux, steps: int | None, minutes: flo
     def show() -> tuple[list, list[str]]:
         return generate(student, PROMPTS, steps=16, progress=False), PROMPTS
 
-    train_lora(folder, student, changes, loss, show, steps=steps, minutes=minutes, lr=lr, seed=7,
+    train_lora(folder, mmdit, changes, loss, show, steps=steps, minutes=minutes, lr=lr, seed=7,
                file="pytorch_lora_weights.safetensors", write=write_lora)
 
 

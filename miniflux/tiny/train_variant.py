@@ -9,6 +9,7 @@ learns from true pictures and keeps its guidance. This is the form in which Blac
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -67,13 +68,18 @@ class LowRank(nn.Module):
         return weight + self.B @ self.A
 
 
-def with_factors(mmdit: MMDiT, further: int, rank: int = RANK) -> dict[str, LowRank]:
-    """Gives each linear layer of the network a change to learn, and the first one further input channels; layer -> its change."""
-    mmdit.requires_grad_(False)
-    mmdit.img_in.weight = nn.Parameter(F.pad(mmdit.img_in.weight, (0, further)), requires_grad=False)
+def widen(mmdit: MMDiT, further: int) -> None:
+    """Gives the network's first layer further input channels, which it does not use yet."""
+    mmdit.img_in.weight = nn.Parameter(F.pad(mmdit.img_in.weight, (0, further)))
     mmdit.img_in.in_features += further
+    mmdit.config = replace(mmdit.config, in_channels=mmdit.config.in_channels + further)
+
+
+def with_factors(net: nn.Module, rank: int = RANK) -> dict[str, LowRank]:
+    """Gives each linear layer a change to learn, and nothing else; layer -> its change."""
+    net.requires_grad_(False)
     changes = {}
-    for name, layer in list(mmdit.named_modules()):
+    for name, layer in list(net.named_modules()):
         if isinstance(layer, nn.Linear):
             changes[name] = LowRank(layer.weight, rank)
             register_parametrization(layer, "weight", changes[name])
@@ -120,22 +126,21 @@ def write_lora(path: Path, changes: dict[str, LowRank], weights: dict[str, Tenso
     partial.replace(path)
 
 
-def train_lora(folder: Path, student: Flux, changes: dict[str, LowRank], loss: Callable[[torch.Generator], Tensor],
+def train_lora(folder: Path, net: nn.Module, changes: dict[str, LowRank], loss: Callable[[torch.Generator], Tensor],
                show: Callable[[], tuple[list, list[str]]], *, steps: int | None, minutes: float | None, lr: float, seed: int,
                file: str = "lora.safetensors", write: Callable[[Path, dict[str, LowRank], dict[str, Tensor]], None] = write_lora) -> None:
-    """Learn the changes of the student's layers. Into the folder: the LoRA, and a sheet of what `show()` paints with it: (pictures,
+    """Learn the changes of a network's layers. Into the folder: the LoRA, and a sheet of what `show()` paints with it: (pictures,
     captions). Both are of the averaged weights."""
-    mmdit = student.mmdit
 
     def on_save(step: int, ema: dict[str, Tensor]) -> dict:
-        now = {name: value.clone() for name, value in mmdit.state_dict().items()}
-        mmdit.load_state_dict(ema)
+        now = {name: value.clone() for name, value in net.state_dict().items()}
+        net.load_state_dict(ema)
         pictures, captions = show()
-        mmdit.load_state_dict(now)
+        net.load_state_dict(now)
         write(folder / file, changes, ema)
         return write_sheet(folder, step, pictures, captions)
 
-    train(mmdit, loss, folder, lr=lr, steps=steps, minutes=minutes, seed=seed, on_save=on_save)
+    train(net, loss, folder, lr=lr, steps=steps, minutes=minutes, seed=seed, on_save=on_save)
 
 
 def side_by_side(given: list, painted: list, captions: list[str]) -> tuple[list, list[str]]:
@@ -148,7 +153,9 @@ def run(folder: Path, variant: str, base: Flux, student: Flux, steps: int | None
     torch.manual_seed(0)
     inputs, unit = VARIANTS[variant]
     z, beside, txt, vec, shown = encode_variant(base, inputs, scenes, seed=20)
-    mmdit, changes = student.mmdit, with_factors(student.mmdit, beside.shape[-1])
+    mmdit = student.mmdit
+    widen(mmdit, beside.shape[-1])
+    changes = with_factors(mmdit)
     device = mmdit.img_in.weight.device
     ids = image_ids(SIDE, SIDE, device=device), text_ids(txt.shape[1], device=device)
 
@@ -174,5 +181,4 @@ def run(folder: Path, variant: str, base: Flux, student: Flux, steps: int | None
             painted = control(student, captions, given, **keywords)
         return side_by_side(given, painted, captions)
 
-    student.mmdit.config = type(mmdit.config)(**{**mmdit.config.__dict__, "in_channels": z.shape[-1] + beside.shape[-1]})
-    train_lora(folder, student, changes, loss, show, steps=steps, minutes=minutes, lr=lr, seed=3)
+    train_lora(folder, mmdit, changes, loss, show, steps=steps, minutes=minutes, lr=lr, seed=3)

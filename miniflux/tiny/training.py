@@ -111,7 +111,8 @@ def train(net: nn.Module, loss_of: Callable[[torch.Generator], Tensor], folder: 
     def keep(seconds: float) -> None:
         save_state(state, net, ema, optimizers, step, seconds)
         if on_save:
-            write_log(log, step=step, **on_save(step, ema))
+            with torch.compiler.set_stance("force_eager"):       # what it paints has other shapes: no compilation for a few pictures
+                write_log(log, step=step, **on_save(step, ema))
 
     while True:
         seconds = time.monotonic() - began

@@ -34,6 +34,21 @@ def test_a_stage_writes_a_folder_that_load_opens(tmp_path, quick, capsys, varian
     assert 0 < change.abs().max() < 0.1
 
 
+def test_a_compiled_stage_compiles_its_steps_and_not_the_pictures_of_its_sheet(tmp_path, quick, monkeypatch):
+    """Oracle: what the compiler is handed. Steps have four pictures, the sheet one."""
+    seen, compile = [], torch.compile
+
+    def backend(graph, inputs):
+        seen.extend(x.shape for x in inputs if isinstance(x, torch.Tensor) and x.ndim == 3)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda function: compile(function, backend=backend))
+    with torch.enable_grad():
+        train.main(["canny", "--steps", "2", "--scenes", "6", "--work", str(tmp_path), "--device", "cpu", "--compile"])
+    assert (tmp_path / "canny" / "sheet.png").is_file() and (4, 64, 128) in seen and (4, 64, 64) in seen
+    assert all(shape[0] == 4 for shape in seen)
+
+
 def test_a_lora_is_reduced_to_the_nearest_of_its_rank():
     """Oracle: numpy's singular values; what is lost is exactly the smallest ones."""
     A, B = torch.randn(32, 64, dtype=torch.float64), torch.randn(48, 32, dtype=torch.float64)
@@ -62,10 +77,22 @@ def test_kontext_is_written_as_a_lora_and_edits_a_picture(tmp_path, monkeypatch)
         monkeypatch.setattr(train_kontext, name, value)
     with torch.enable_grad():
         train.main(["kontext", "--steps", "2", "--scenes", "6", "--work", str(tmp_path), "--device", "cpu"])
-    flux = load(tmp_path / "kontext", device="cpu")
-    assert flux.mmdit.config == load("tiny", device="cpu").mmdit.config and (tmp_path / "kontext" / "sheet.png").is_file()
+    flux, base = load(tmp_path / "kontext", device="cpu"), load("tiny", device="cpu")
+    assert flux.mmdit.config == base.mmdit.config and (tmp_path / "kontext" / "sheet.png").is_file()
+    for one, other in ((flux.mmdit, base.mmdit), (flux.clip, base.clip), (flux.t5, base.t5)):           # all three have learnt
+        assert 0 < max((a - b).abs().max() for a, b in zip(one.parameters(), other.parameters())) < 0.1
     picture, = kontext_edit(flux, "make the background red", render(sample_scene(random.Random(1))), steps=2, progress=False)
     assert picture.size == (128, 128)
+
+
+def test_what_an_edit_changes_counts_four_times_as_much_as_what_it_leaves():
+    """By hand: one pixel in the third token of the second row; all; nothing."""
+    before = np.zeros((3, 128, 128, 3), np.uint8)
+    after = before.copy()
+    after[0, 16, 47, 1], after[1] = 9, 9
+    one, everything, nothing = train_kontext.stress(before, after)
+    assert one.shape == (64, 1) and one[10] == pytest.approx(4 * 64 / 67) and float(one.mean()) == pytest.approx(1)
+    assert (one == one[0]).sum() == 63 and (everything == 1).all() and (nothing == 1).all()
 
 
 def test_a_variant_of_a_variant_is_refused_before_any_work(tmp_path, capsys):
@@ -98,7 +125,8 @@ def test_the_teachers_paths_are_those_of_twelve_steps(monkeypatch):
 def test_before_it_has_learnt_a_variant_paints_like_its_base_model(monkeypatch):
     """B and the further channels begin at zero: whatever they hold, nothing changes."""
     base, student = load("tiny", device="cpu"), load("tiny", device="cpu")
-    changes = train_variant.with_factors(student.mmdit, 64)
+    train_variant.widen(student.mmdit, 64)
+    changes = train_variant.with_factors(student.mmdit)
     assert len(changes) == sum(isinstance(layer, torch.nn.Linear) for layer in base.mmdit.modules())
     x, prompt = torch.randn(1, 64, 64), (torch.randn(1, 8, 128), torch.randn(1, 128), torch.tensor([0.5]), torch.tensor([3.5]))
     ids = train_variant.image_ids(16, 16), train_variant.text_ids(8)
