@@ -76,7 +76,7 @@ def test_schnell_paints_in_four_steps_without_guidance(variants):
 
 
 def test_the_object_asked_for_is_painted_into_the_hole(variants):
-    """Of these eight six, of 50 pictures 74%."""
+    """Of these eight six, of 50 pictures 80%."""
     figures, _ = measure(variants("tiny-fill"), "fill", 8)
     assert figures["object right"] >= 0.6 and figures["grey levels outside the hole"] < 10
 
