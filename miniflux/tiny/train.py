@@ -5,8 +5,8 @@
     python -m miniflux.tiny.train base --minutes 78
     python -m miniflux.tiny.train guidance --minutes 11
     python -m miniflux.tiny.train schnell --minutes 15
-    python -m miniflux.tiny.train kontext --minutes 30
-    python -m miniflux.tiny.train fill --minutes 12              canny, depth likewise
+    python -m miniflux.tiny.train kontext --minutes 75 --compile
+    python -m miniflux.tiny.train fill --minutes 25              canny, depth likewise
     python -m miniflux.tiny.train controlnet --minutes 20
     python -m miniflux.tiny.train style --minutes 8
     python -m miniflux.tiny.train redux --minutes 40             ip-adapter likewise

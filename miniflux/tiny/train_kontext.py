@@ -4,9 +4,11 @@
 
 z are the tokens of the picture after the edit, r those of the picture before it: they follow in the sequence, with index 1 as their
 first position, and what the network says of them is dropped. The last two terms are what guidance w changes in the base model, of a
-caption that describes the result; the variant sees the instruction alone. The text encoders, which know captions only, learn along, as part of the LoRA.
+caption that describes the result; the variant sees the instruction alone. The text encoders, which know captions only, learn along: the
+LoRA changes them too.
 
-a_i is four times as large where the edit changes something: most edits leave most of the picture as it is, and to copy is soon learnt.
+a_i, 1 on average, is four times as large where the edit changes something: most edits leave most of the picture as it is, and to copy is
+soon learnt.
 """
 
 import random
@@ -14,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..flux import Flux
@@ -34,8 +37,8 @@ STRESS = 4.0                        # how much more it counts what an edit chang
 
 def stress(before: np.ndarray, after: np.ndarray) -> Tensor:
     """What each token counts, 1 on average, for pictures (n, 128, 128, 3): (n, N, 1)."""
-    changed = torch.from_numpy((before != after).any(-1)).unflatten(1, (-1, 16)).unflatten(3, (-1, 16)).any(4).any(2)      # (n, 8, 8)
-    count = 1 + (STRESS - 1) * changed.flatten(1).float()
+    changed = torch.from_numpy((before != after).any(-1)).float()               # (n, 128, 128)
+    count = 1 + (STRESS - 1) * F.max_pool2d(changed, 16).flatten(1)  # (n, N)
     return (count / count.mean(1, keepdim=True))[..., None]
 
 
