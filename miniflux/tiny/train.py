@@ -138,6 +138,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--compile", action="store_true", help="run the transformer through torch.compile: after two minutes' wait a step takes "
                         "0.7 times as long; needs a C++ compiler")
     args = parser.parse_args(argv)
+    for flag in ("minutes", "steps", "scenes"):
+        if (value := getattr(args, flag)) is not None and not value > 0:
+            parser.error(f"--{flag} is {value}, expected more than 0")
     minutes = args.minutes if args.minutes or args.steps else 15.0
     scenes = args.scenes or SCENES[args.stage]
     if args.start and args.stage not in ("autoencoder", "base"):

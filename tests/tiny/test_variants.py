@@ -101,6 +101,14 @@ def test_a_variant_of_a_variant_is_refused_before_any_work(tmp_path, capsys):
     assert stop.value.code == 2 and "choose from" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("flag, value", [("--minutes", "-1"), ("--minutes", "nan"), ("--steps", "0"), ("--scenes", "-5")])
+def test_a_length_that_is_not_positive_is_refused(tmp_path, capsys, flag, value):
+    """Minus one minute trained for ever."""
+    with pytest.raises(SystemExit) as stop:
+        train.main(["canny", flag, value, "--work", str(tmp_path / "work")])
+    assert stop.value.code == 2 and "expected more than 0" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
 def test_a_guidance_that_is_folded_in_computes_the_same():
     mmdit = load("tiny", device="cpu").mmdit
     x, ids = torch.randn(2, 64, 64), (train_variant.image_ids(16, 16), train_variant.text_ids(8))
