@@ -77,7 +77,7 @@ def measure(shape: tuple[int, int, int, int], device: str, dtype: torch.dtype, s
     return {name: statistics.median(seen[1:]) for name, seen in times.items()}  # the first round does not count
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def bench_attention(_: str) -> None:
     device, shapes, dtypes, columns = "cpu", CPU, (torch.float32, torch.bfloat16), ("diffusers", "sdpa alone", *BACKENDS)
     if torch.cuda.is_available():

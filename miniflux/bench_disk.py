@@ -35,7 +35,7 @@ t5 = load_t5(folder / "t5.safetensors", "cpu", torch.bfloat16) if text else None
 mmdit = load_mmdit(folder / "flux1.safetensors", "cpu", torch.bfloat16)
 flux = offload(Flux(None, None, None, t5, mmdit, None, FluxConfig()), "cpu", "disk", dtype=dtype)
 began = time.perf_counter()
-with torch.inference_mode():
+with torch.no_grad():
     txt = flux.t5(torch.arange(512)[None]) if text else torch.randn(1, 512, 4096)
     z = generate(flux, Prompt(txt, torch.randn(1, 768)), width=256, height=256, steps=1, output="latents", progress=False)
 assert z.isfinite().all()
@@ -97,7 +97,7 @@ generator = torch.Generator().manual_seed(0)
 x, txt, vec = (torch.randn(*shape, generator=generator).bfloat16() for shape in ((1, 64, 64), (1, 64, 256), (1, 64)))
 ids = torch.zeros(64, 3)
 ids[:, 1], ids[:, 2] = torch.arange(64) // 8, torch.arange(64) % 8
-with torch.inference_mode():
+with torch.no_grad():
     step = {"miniflux": ours, "diffusers": theirs}[who](folder, mode, txt, vec, ids, ts)
     loading = kib("VmHWM")
     Path("/proc/self/clear_refs").write_text("5")           # the peak is counted anew

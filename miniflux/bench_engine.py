@@ -38,7 +38,7 @@ def kib(field):
 folder, who, work, side, size = Path(sys.argv[1]), *sys.argv[2:4], *map(int, sys.argv[4:])
 call = {"miniflux": ours, "diffusers": theirs}[who](folder, work, size)
 x = torch.randn(1, 16, side // 8, side // 8) if work == "decode" else torch.rand(1, 3, side, side) * 2 - 1
-with torch.inference_mode():
+with torch.no_grad():
     call(x[:, :, :64, :64])
     before, began = kib("VmRSS"), time.perf_counter()
     call(x)
@@ -68,7 +68,7 @@ def bench_autoencoder(source: str) -> None:
     """The model's own autoencoder in float32, each row a process of its own."""
     folder = find_source(source) / "vae"
     for work, x in (("encode", torch.rand(1, 3, 96, 136)), ("decode", torch.randn(1, 16, 12, 17))):
-        with torch.inference_mode():
+        with torch.no_grad():
             a, b = (side(folder, work, 64)(x) for side in (ours, theirs))
         assert (a - b).abs().max() < 1e-4 * b.abs().max(), f"the two do not {work} alike in tiles"
     print(f"\n{'peak memory of the autoencoder':36} {'miniflux':>19} {'diffusers':>19} {'ratio':>8}")
@@ -195,7 +195,7 @@ def bench_int8(_: str) -> None:
 
     times: dict[str, list[float]] = {name: [] for name in models}
     errors: dict[str, float] = {}
-    with torch.inference_mode():
+    with torch.no_grad():
         exact = step("float32")
         for _ in range(6):                                  # in turn, so that what slows the machine slows all
             for name in models:

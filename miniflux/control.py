@@ -24,7 +24,7 @@ from .sampling import OnFinish, OnStep, patchify
 from .settings import resolve
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def control(flux: Flux, prompt: Text, control_image: Picture | list[Picture], *, image: Picture | list[Picture] | None = None,
             mask: Picture | list[Picture] | None = None, strength: float = 0.6, width: int | None = None,
             height: int | None = None, steps: int | None = None, guidance: float | None = None, seed: int = 0,

@@ -32,7 +32,7 @@ def load_depth(source: str | os.PathLike, *, device: torch.device | str | None =
     return load_depth_anything(find_folder(source, "LiheYoung/depth-anything-large-hf"), find_device(device), dtype)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def depth(image: Picture, net: DepthAnything, *, standard: bool = False) -> Image.Image:
     """An RGB picture of the same size, grey: near is bright.
 

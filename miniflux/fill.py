@@ -23,7 +23,7 @@ from .sampling import OnFinish, OnStep, patchify
 from .settings import resolve
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def fill(flux: Flux, prompt: Text, image: Picture | list[Picture], mask: Picture | list[Picture], *, paste_back: bool = False,
          strength: float = 1.0, width: int | None = None, height: int | None = None, steps: int | None = None,
          guidance: float | None = None, seed: int = 0, num_images: int = 1, negative_prompt: Text | None = None,

@@ -22,7 +22,7 @@ from .sampling import OnFinish, OnStep, Velocity, classifier_free, euler, flow, 
 from .settings import Call, resolve
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def generate(flux: Flux, prompt: Text, *, width: int | None = None, height: int | None = None, steps: int | None = None,
              guidance: float | None = None, seed: int = 0, num_images: int = 1, negative_prompt: Text | None = None,
              true_cfg: float = 1.0, sigmas: Sequence[float] | None = None, max_text_tokens: int | None = None,

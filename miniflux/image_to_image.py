@@ -21,7 +21,7 @@ from .sampling import OnFinish, OnStep
 from .settings import resolve
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def image_to_image(flux: Flux, prompt: Text, image: Picture | list[Picture], *, strength: float = 0.6, width: int | None = None,
                    height: int | None = None, steps: int | None = None, guidance: float | None = None, seed: int = 0,
                    num_images: int = 1, negative_prompt: Text | None = None, true_cfg: float = 1.0,

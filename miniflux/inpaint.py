@@ -22,7 +22,7 @@ from .sampling import OnFinish, OnStep
 from .settings import resolve
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def inpaint(flux: Flux, prompt: Text, image: Picture | list[Picture], mask: Picture | list[Picture], *, strength: float = 0.6,
             mask_padding: int | None = None, width: int | None = None, height: int | None = None, steps: int | None = None,
             guidance: float | None = None, seed: int = 0, num_images: int = 1, negative_prompt: Text | None = None,

@@ -36,7 +36,7 @@ PREFERRED = ((672, 1568), (688, 1504), (720, 1456), (752, 1392), (800, 1328), (8
              (1104, 944), (1184, 880), (1248, 832), (1328, 800), (1392, 752), (1456, 720), (1504, 688), (1568, 672))
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def kontext_edit(flux: Flux, prompt: Text, image: Picture | list[Picture], *, auto_resize: bool = True, max_area: int | None = None,
                  width: int | None = None, height: int | None = None, steps: int | None = None, guidance: float | None = None,
                  seed: int = 0, num_images: int = 1, negative_prompt: Text | None = None, true_cfg: float = 1.0,

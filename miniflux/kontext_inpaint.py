@@ -24,7 +24,7 @@ from .sampling import OnFinish, OnStep
 from .settings import resolve
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def kontext_inpaint(flux: Flux, prompt: Text, image: Picture | list[Picture], mask: Picture | list[Picture], *,
                     reference: Picture | list[Picture] | None = None, strength: float = 1.0, mask_padding: int | None = None,
                     auto_resize: bool = True, width: int | None = None, height: int | None = None, steps: int | None = None,

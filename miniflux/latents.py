@@ -15,7 +15,7 @@ def spread(given: Tensor | None, x: Tensor) -> Tensor | None:
     return given.to(x.device).repeat_interleave(len(x) // len(given), dim=0)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def encode(flux: Flux, pictures: Tensor) -> Tensor:
     """Pictures (n, 3, H, W) in [-1, 1] -> latents (n, 16, H/8, W/8), float32."""
     if flux.autoencoder is None:
@@ -23,7 +23,7 @@ def encode(flux: Flux, pictures: Tensor) -> Tensor:
     return flux.autoencoder.encode(pictures.to(next(flux.autoencoder.parameters()))).float()
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def decode(flux: Flux, z: Tensor) -> Tensor:
     """Latents (n, 16, h, w) -> pictures (n, 3, 8h, 8w) in [0, 1], float32."""
     if flux.autoencoder is None:

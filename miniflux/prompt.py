@@ -56,7 +56,7 @@ class Prompt:
 Text = str | list[str] | Prompt
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def encode_prompt(flux: Flux, prompt: Text, max_text_tokens: int | None = None) -> Prompt:
     """Encode one prompt or several, padded to `max_text_tokens` T5 tokens (by default as many as the model was made for).
 

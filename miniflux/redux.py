@@ -19,7 +19,7 @@ from .sampling import OnFinish, OnStep
 from .settings import resolve
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def redux(flux: Flux, image: Picture | list[Picture], *, prompt: str | Prompt | None = "",
           scales: float | Sequence[float] | None = None, width: int | None = None, height: int | None = None,
           steps: int | None = None, guidance: float | None = None, seed: int = 0, num_images: int = 1,
@@ -36,7 +36,7 @@ def redux(flux: Flux, image: Picture | list[Picture], *, prompt: str | Prompt | 
     return paint(flux, redux_prompt(flux, image, prompt=prompt, scales=scales, max_text_tokens=max_text_tokens), call)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def redux_prompt(flux: Flux, image: Picture | list[Picture], *, prompt: str | Prompt | None = "",
                  scales: float | Sequence[float] | None = None, pooled_scales: float | Sequence[float] | None = None,
                  max_text_tokens: int | None = None) -> Prompt:

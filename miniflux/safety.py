@@ -75,7 +75,7 @@ def load_filters(classifier: str | os.PathLike, pixtral: str | os.PathLike | Non
     return Filters(sorts, net, tokenizer)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def is_flagged(image_or_text: Picture | list[Picture], filters: Filters) -> bool:
     """Whether a text (a string) or one of the pictures (a path that is a `Path`, a PIL picture, an array, a tensor, or a list of
     them) is what the filters look for."""

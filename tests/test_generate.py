@@ -10,6 +10,7 @@ from PIL import Image
 
 import miniflux
 from miniflux import encode_prompt, generate, load
+from miniflux.latents import decode, encode
 
 
 @pytest.fixture(scope="module")
@@ -104,3 +105,16 @@ def test_generate_is_the_function_whatever_was_imported_before():
 def test_importing_the_package_does_no_work():
     code = "import sys, miniflux; assert 'torch' not in sys.modules and {'load', 'generate'} <= set(dir(miniflux))"
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
+
+
+def test_results_are_ordinary_tensors_that_can_be_changed_and_trained_on(flux):
+    """Inference tensors, which torch neither changes in place nor trains on, must not come out."""
+    generate(flux, "a", output="tensor", **SMALL).mul_(255)
+    generate(flux, "a", output="latents", **SMALL).add_(1)
+    prompt = encode_prompt(flux, "a", 8)
+    z = encode(flux, torch.rand(1, 3, 32, 32))
+    for given in (prompt.txt, prompt.vec, z, decode(flux, z)):
+        scale = torch.ones(1, requires_grad=True)
+        with torch.enable_grad():
+            (given * scale).sum().backward()
+        assert torch.isfinite(scale.grad).all()

@@ -68,7 +68,7 @@ def medium(dtype: torch.dtype) -> Flux:
 
 
 def paint(flux: Flux) -> None:
-    with attention_backend("sdpa"), torch.inference_mode():                     # as on a GPU
+    with attention_backend("sdpa"), torch.no_grad():                     # as on a GPU
         txt = flux.t5(torch.arange(64)[None] % 50)
         generate(flux, Prompt(txt, torch.randn(1, 24)), width=256, height=256, steps=4, output="tensor", progress=False)
 

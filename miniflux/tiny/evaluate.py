@@ -108,7 +108,7 @@ def rates(verdicts: list[Verdict], scenes: list[Scene]) -> Rates:
     return Rates(*(float(np.mean([r[f.name] for r in right if f.name in r] or [math.nan])) for f in fields(Rates)))
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def round_trip(flux: Flux, pictures: np.ndarray) -> np.ndarray:
     """What the model's autoencoder leaves of pictures: no picture that the model paints can be better."""
     decoded = []

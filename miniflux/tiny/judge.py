@@ -114,7 +114,7 @@ def _energy(coefficients: Tensor) -> Tensor:
     return sum(places(1j * k * coefficients).square().sum(-3) for k in (_KX, _KY))
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def _judge(picture: np.ndarray) -> Verdict:
     x = np.float32(picture) / 255
     g = np.median(x[_EDGE], axis=0)

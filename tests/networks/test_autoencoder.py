@@ -130,7 +130,7 @@ def test_encoding_draws_no_random_numbers():
     assert torch.equal(torch.get_rng_state(), before)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def test_the_first_half_of_a_residual_block_is_gone_during_the_second():
     block, seen, alive = ResnetBlock(8, 8, 4), [], []
     block.conv1.register_forward_hook(lambda _, inputs, output: seen.append(weakref.ref(output)))
@@ -139,7 +139,7 @@ def test_the_first_half_of_a_residual_block_is_gone_during_the_second():
     assert alive == [False]
 
 
-@torch.inference_mode()
+@torch.no_grad()
 @pytest.mark.parametrize("half, shape, before, last", [("encoder", (1, 3, 16, 16), "down.0.downsample", "down.1.downsample"),
                                                        ("decoder", (1, 16, 2, 2), "up.1.upsample", "up.0.block.1")])
 def test_what_a_level_was_given_is_gone_when_its_last_block_runs(half, shape, before, last):

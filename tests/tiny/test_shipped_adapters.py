@@ -89,7 +89,7 @@ def test_diffusers_paints_the_same_variation_with_redux(pipeline):
     tower = SiglipVisionModel.from_pretrained(SHIPPED / "tiny-redux" / "image_encoder", dtype=torch.float32)
     embedder = ReduxImageEncoder.from_pretrained(SHIPPED / "tiny-redux" / "image_embedder", torch_dtype=torch.float32)
     pixels = SiglipImageProcessor(size={"height": 128, "width": 128})(PICTURE, return_tensors="pt").pixel_values
-    with torch.inference_mode():
+    with torch.no_grad():
         txt, vec, _ = pipeline.encode_prompt("", None, max_sequence_length=32)
         tokens = embedder(tower(pixels).last_hidden_state).image_embeds
         theirs = pipeline(prompt_embeds=torch.cat([txt, tokens], dim=1), pooled_prompt_embeds=vec, **keywords,
