@@ -22,7 +22,7 @@ import math
 import re
 import unicodedata
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import torch
@@ -123,6 +123,11 @@ class CLIPTokenizer:
         self.ranks = {pair: rank for rank, pair in enumerate(merges)}
         self.symbols = byte_symbols()
 
+    @cached_property
+    def id_to_symbol(self) -> dict[int, str]:
+        """The vocabulary the other way round, to see what a prompt was split into."""
+        return {number: symbol for symbol, number in self.vocab.items()}
+
     @classmethod
     def from_folder(cls, folder) -> "CLIPTokenizer":
         """Reads vocab.json, merges.txt and, where there is one, tokenizer_config.json."""
@@ -218,6 +223,11 @@ class T5Tokenizer:
         self.map_characters = CharacterMap(charsmap)
         self.longest = max(map(len, self.pieces))
         self.unknown_score = min(score for _, score in pieces) - UNKNOWN_PENALTY
+
+    @cached_property
+    def id_to_piece(self) -> dict[int, str]:
+        """The vocabulary the other way round, to see what a prompt was split into."""
+        return {number: piece for piece, (number, _) in self.pieces.items()}
 
     @classmethod
     def from_folder(cls, folder) -> "T5Tokenizer":
