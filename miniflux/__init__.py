@@ -14,7 +14,7 @@ __version__ = "0.1.0"
 
 _FILES = ("generate", "image_to_image", "inpaint", "fill", "control", "redux", "kontext_edit", "kontext_inpaint", "canny",
           "depth", "info")
-_NAMES = {"load": "flux", "Flux": "flux", "FluxConfig": "flux", "add_redux": "flux", "Prompt": "prompt", "encode_prompt": "prompt",
+_NAMES = {"load": "loading", "Flux": "flux", "FluxConfig": "flux", "add_redux": "adapters.redux", "Prompt": "prompt", "encode_prompt": "prompt",
           "redux_prompt": "redux", "add_lora": "adapters.lora", "set_lora_scales": "adapters.lora", "remove_lora": "adapters.lora",
           "load_controlnet": "controlnet", "Control": "controlnet", "add_ip_adapter": "adapters.ip_adapter", "quantize": "engine.quantize",
           "offload": "engine.offload", "cache": "engine.caching", "tile": "engine.tiling", "compile": "engine.compiling",

@@ -43,16 +43,18 @@ from .adapters.lora import add_lora
 from .bench_attention import bench_attention
 from .bench_disk import bench_disk, bench_offload
 from .bench_engine import bench_autoencoder, bench_caching, bench_int8
+from .checkpoints.finding import find_source
 from .checkpoints.formats import read_safetensors
 from .cli import Parser
 from .control import control
 from .engine.quantize import FORMATS, quantize
 from .fill import fill
-from .flux import Flux, FluxConfig, find_source, load
+from .flux import Flux, FluxConfig
 from .generate import generate
 from .image_to_image import image_to_image
 from .inpaint import inpaint
 from .kontext_edit import kontext_edit
+from .loading import load
 from .networks.mmdit import MMDiT, MMDiTConfig
 from .tiny.export import write_mmdit
 

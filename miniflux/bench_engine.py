@@ -14,13 +14,15 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from .checkpoints.finding import find_source
 from .checkpoints.layouts import load_autoencoder
 from .engine.caching import cache
 from .engine.quantize import quantize
 from .engine.tiling import tile
-from .flux import Flux, FluxConfig, find_source, load
+from .flux import Flux, FluxConfig
 from .generate import generate
 from .latents import decode
+from .loading import load
 from .networks.mmdit import MMDiT, MMDiTConfig
 from .prompt import encode_prompt
 from .tiny.export import write_mmdit

@@ -19,8 +19,10 @@ from torch import Tensor
 from . import __version__
 from .adapters.ip_adapter import add_ip_adapter
 from .adapters.lora import add_lora
+from .checkpoints.finding import list_models
 from .checkpoints.formats import joined_on_disk
 from .controlnet import MODES, Control, load_controlnet
+from .devices import default_dtype, find_device
 from .engine import distributed
 from .engine.caching import METHODS, cache
 from .engine.compiling import compile
@@ -28,10 +30,11 @@ from .engine.offload import MODES as TURNS
 from .engine.offload import offload
 from .engine.quantize import FORMATS, quantize
 from .engine.tiling import tile
-from .flux import Flux, assemble, default_dtype, find_device, list_models, load
+from .flux import Flux
 from .images import check_output, number, save, strip, to_pil
 from .info import marks, spell
 from .latents import decode
+from .loading import assemble, load
 from .masks import blur_mask, expand_canvas, mask_from_alpha
 from .sampling import OnFinish
 from .settings import DEFAULTS, DISTILLED_STEPS

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from .checkpoints import layouts
 from .checkpoints.hub import find_network
-from .flux import Flux, default_dtype, find_device
+from .devices import default_dtype, find_device
+from .flux import Flux
 from .images import Picture, check_number, fit, read_pictures, size_of
 from .latents import encode, spread
 from .networks.controlnet import ControlNet, assign

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from .checkpoints.vision import find_folder, load_depth_anything
-from .flux import find_device
+from .devices import find_device
 from .images import BICUBIC, IMAGENET_COLOURS, Picture, check_output, read_picture, save, size_of, standardise, to_pil, to_tensor
 from .networks.depth_anything import DepthAnything
 

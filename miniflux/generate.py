@@ -67,8 +67,7 @@ def paint(flux: Flux, prompt: Text, call: Call, *, start: Tensor | None = None, 
     text = repeat(encode_prompt(flux, prompt, call.max_text_tokens), call.num_images)
     count, h, w, channels = len(text), call.height // 8, call.width // 8, flux.mmdit.config.out_channels // 4
     x = eps = noise(range(call.seed, call.seed + count), h, w, channels, text.txt.dtype).to(text.txt.device)  # (B, 16, h, w)
-    ts = schedule(call.steps, h * w // 4, dynamic_shift=flux.config.dynamic_shift, shift=flux.config.shift, sigmas=call.sigmas,
-                  strength=call.strength)
+    ts = schedule(call.steps, h * w // 4, flux.config.schedule, sigmas=call.sigmas, strength=call.strength)
     start, mask, beside = (spread(given, x) for given in (start, mask, beside))
     after = after and (spread(after[0], x), after[1])
 

@@ -19,14 +19,17 @@ import torch
 from torch import nn
 
 from .checkpoints.building import WithoutInitialisation
+from .checkpoints.finding import shipped_models
 from .checkpoints.formats import joined_on_disk, only_shapes
 from .checkpoints.hub import OFFICIAL, find_in_cache
 from .checkpoints.packed import PackedLinear
+from .devices import default_dtype, find_device
 from .engine import offload
 from .engine.modulation import LIMIT, precompute_modulation
 from .engine.quantize import quantize
-from .flux import Flux, FluxConfig, assemble, default_dtype, find_device, shipped_models
+from .flux import Flux, FluxConfig
 from .images import check_number, check_side, log
+from .loading import assemble
 from .networks.autoencoder import Autoencoder
 from .networks.clip import CLIPText
 from .networks.mmdit import MMDiT, MMDiTConfig

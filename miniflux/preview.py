@@ -19,9 +19,10 @@ from torch import Tensor
 
 from .checkpoints.hub import find_network
 from .checkpoints.vision import load_taef1, read_preview
-from .flux import Flux, load
+from .flux import Flux
 from .images import Picture, fit, natural_size, read_each, size_of
 from .latents import encode
+from .loading import load
 
 
 def fit_preview(flux: Flux, pictures: Picture | list[Picture]) -> Tensor:

@@ -23,8 +23,18 @@ from PIL import Image
 from torch import Tensor
 
 from .checkpoints.vision import find_folder, load_pixtral, load_vit_classifier
-from .flux import find_device
-from .images import BICUBIC, CLIP_COLOURS, Picture, Pixels, as_pil, read_each, size_of, standardise, to_tensor
+from .devices import find_device
+from .images import (
+    BICUBIC,
+    CLIP_COLOURS,
+    Picture,
+    Pixels,
+    as_pil,
+    read_each,
+    size_of,
+    standardise,
+    to_tensor,
+)
 from .networks.pixtral import Pixtral, PixtralTokenizer
 from .networks.vit_classifier import ViTClassifier
 

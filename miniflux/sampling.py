@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from .flux import Schedule
 from .networks.mmdit import KeysValues, MMDiT
 
 Velocity = Callable[..., Tensor]                     # (x, t) -> dx/dt, as latents (B, 16, h, w)
@@ -60,27 +61,85 @@ def text_ids(length: int, device: torch.device | str = "cpu") -> Tensor:
     return torch.zeros(length, 3, dtype=torch.int64, device=device)
 
 
-def schedule(steps: int, tokens: int, *, dynamic_shift: bool = True, shift: float = 1.0,
+def schedule(steps: int, tokens: int, settings: Schedule = Schedule(), *,
              sigmas: Sequence[float] | None = None, strength: float = 1.0) -> list[float]:
-    """The times 1 = t_0 > t_1 > ... > t_steps = 0; `sigmas` replaces the even spacing before the shift; of the shifted times,
-    only the last `strength` of the steps are kept (Meng et al. 2021, arXiv:2108.01073: start from a picture, not from noise).
+    """The times 1 = t_0 > t_1 > ... > t_steps = 0.
 
-    Larger pictures need more of their time at high noise. With `dynamic_shift` (dev) t becomes e^mu / (e^mu + 1/t - 1),
-    mu rising linearly from 0.5 at 256 image tokens to 1.15 at 4096; otherwise (schnell) shift·t / (1 + (shift - 1)·t).
+    steps: how many. tokens: image tokens (N), where the shift depends on them.
+    settings: how the times are spaced, by default as FLUX.1-dev's.
+    sigmas: times before the shift, in the place of the even ones; as many as steps.
+    strength: only the last so large part of the steps is kept, to start from an image and not from
+    noise (Meng et al. 2021, arXiv:2108.01073).
 
-    >>> schedule(4, 4096, dynamic_shift=False)
+    >>> schedule(4, 4096, Schedule(use_dynamic_shifting=False))
     [1.0, 0.75, 0.5, 0.25, 0.0]
     >>> [round(t, 6) for t in schedule(4, 4096)]
     [1.0, 0.904531, 0.759511, 0.512844, 0.0]
-    >>> schedule(4, 4096, dynamic_shift=False, strength=0.5)
+    >>> schedule(4, 4096, Schedule(use_dynamic_shifting=False), strength=0.5)
     [0.5, 0.25, 0.0]
     """
-    times = [1 - i / steps for i in range(steps)] if sigmas is None else [float(s) for s in sigmas]
-    mu = 0.5 + (tokens - 256) * (1.15 - 0.5) / (4096 - 256)
-    factor = math.exp(mu) if dynamic_shift else shift                           # e^mu / (e^mu + 1/t - 1), multiplied by t
-    ts = [factor * t / (1 + (factor - 1) * t) for t in times] + [0.0]
-    # Note: a begun step counts: 0.6 of 28 steps are 17. In this order of operations, as the references round.
-    return ts[int(len(times) - len(times) * strength):]
+    ts = [1 - i / steps for i in range(steps)] if sigmas is None else [float(s) for s in sigmas]
+    s = shift_of(tokens, settings)
+    ts = [s * t / (1 + (s - 1) * t) for t in ts]
+    if settings.shift_terminal and ts[-1] < 1:
+        stretch = (1 - settings.shift_terminal) / (1 - ts[-1])
+        ts = [1 - (1 - t) * stretch for t in ts]
+    if settings.spacing != "even":
+        ts = respaced(ts, settings.spacing)
+    # Note: a begun step counts: 0.6 of 28 steps are 17. In this order, as the references round.
+    return [*ts, 0.0][int(len(ts) - len(ts) * strength):]
+
+
+def shift_of(tokens: int, settings: Schedule) -> float:
+    """The factor by which the odds t / (1 - t) of every time are multiplied.
+
+    Larger images need more of their time at high noise: with a dynamic shift it is e^mu, where mu
+    rises linearly with the image tokens, from base_shift to max_shift (dev: 0.5 at 256, 1.15 at
+    4096)."""
+    if not settings.use_dynamic_shifting:
+        return settings.shift
+    span = settings.max_image_seq_len - settings.base_image_seq_len
+    slope = (settings.max_shift - settings.base_shift) / span
+    mu = settings.base_shift + slope * (tokens - settings.base_image_seq_len)
+    return math.exp(mu) if settings.time_shift_type == "exponential" else mu
+
+
+def respaced(ts: list[float], spacing: str) -> list[float]:
+    """As many times, with the first and the last of these, spaced in another way.
+
+    karras: evenly in t^(1/7) (Karras et al. 2022, arXiv:2206.00364). exponential: evenly in log t.
+    beta: at the quantiles of a Beta(0.6, 0.6) distribution (Lee et al. 2024, arXiv:2407.12173)."""
+    first, last = ts[0], ts[-1]
+    ramp = [i / max(len(ts) - 1, 1) for i in range(len(ts))]
+    if spacing == "karras":
+        a, b = first ** (1 / 7), last ** (1 / 7)
+        return [(a + (b - a) * u) ** 7 for u in ramp]
+    if spacing == "exponential":
+        return [first * (last / first) ** u for u in ramp]
+    return [last + beta_quantile(1 - u) * (first - last) for u in ramp]
+
+
+def beta_quantile(p: float, a: float = 0.6) -> float:
+    """The x that a Beta(a, a) variable stays below with probability p, by bisection."""
+    if p > 0.5:
+        return 1 - beta_quantile(1 - p, a)                                      # it is symmetric
+
+    def area(x: float) -> float:
+        """The integral of (u - u^2)^(a - 1) from 0 to x <= 1/2, by its power series."""
+        total, term = 0.0, x ** a
+        for n in range(60):
+            total += term / (a + n)
+            term *= (n + 1 - a) / (n + 1) * x
+        return total
+
+    low, high, goal = 0.0, 0.5, 2 * p * area(0.5)
+    for _ in range(60):
+        middle = (low + high) / 2
+        if area(middle) < goal:
+            low = middle
+        else:
+            high = middle
+    return low
 
 
 def flow(mmdit: MMDiT, txt: Tensor, vec: Tensor, guidance: float, height: int, width: int, beside: Tensor | None = None,

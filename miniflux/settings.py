@@ -32,7 +32,7 @@ DEFAULTS = {
     "kontext_edit": Defaults(steps=28, guidance=3.5, models="kontext"),
     "kontext_inpaint": Defaults(steps=28, guidance=3.5, models="kontext"),
 }
-DISTILLED_STEPS = 4        # of a model without guidance embedding (schnell)
+DISTILLED_STEPS = 4        # of a model that was distilled to need few (schnell)
 MAX_STEPS = 1000
 
 
@@ -81,7 +81,7 @@ def resolve(task: str, flux: Flux, width: int | None, height: int | None, steps:
             raise ValueError(f"steps is {steps!r}, but there are {len(sigmas)} sigmas: give one of them")
         steps = len(sigmas)
     if steps is None:
-        steps = defaults.steps if config.guidance_embed else DISTILLED_STEPS
+        steps = DISTILLED_STEPS if flux.config.few_steps else defaults.steps
     check_number("steps", steps, 1, MAX_STEPS, whole=True)
     if guidance is None:
         guidance = defaults.guidance

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from miniflux import load
 from miniflux.checkpoints.names import autoencoder_from_diffusers, mmdit_from_diffusers
-from miniflux.flux import FluxConfig, find_device
+from miniflux.devices import find_device
+from miniflux.flux import SCHEDULES, FluxConfig, Schedule
 
 NETWORKS = ("mmdit", "autoencoder", "clip", "t5")
 
@@ -96,7 +97,8 @@ def test_the_settings_come_from_the_folder(small_folder):
     guided = small_folder.name == "dev"
     assert load(small_folder, device="cpu").config == FluxConfig(
         name=small_folder.name, size=json.loads((small_folder / "vae/config.json").read_text()).get("sample_size", 1024),
-        max_text_tokens=512 if guided else 256, dynamic_shift=guided, shift=3.0 if guided else 1.0)
+        max_text_tokens=512 if guided else 256, few_steps=not guided,
+        schedule=Schedule(use_dynamic_shifting=guided, shift=3.0 if guided else 1.0))
 
 
 def test_a_sharded_folder_is_the_same(folder, pristine):
@@ -116,7 +118,7 @@ def test_the_original_layout_is_the_same(original, pristine):
     assert all(torch.equal(tensor, a.autoencoder.state_dict()[name])
                for name, tensor in autoencoder_from_diffusers(vae((32, 32), groups=32).state_dict()).items())
     assert a.clip_tokenizer.vocab == b.clip_tokenizer.vocab and a.t5_tokenizer.pieces == b.t5_tokenizer.pieces
-    assert a.config == FluxConfig(name="original", size=1024, max_text_tokens=512, dynamic_shift=True, shift=1.0)
+    assert a.config == FluxConfig(name="original", size=1024, max_text_tokens=512)
 
 
 def test_loose_text_encoders_are_the_same(original, pristine):
@@ -157,11 +159,37 @@ def test_a_single_file_replaces_the_transformer(folder, tmp_path, prefix):
     assert flux.mmdit.config.in_channels == 128 and same(flux.autoencoder, load(folder, device="cpu").autoencoder)
 
 
-def test_the_schedule_is_that_of_the_transformer_in_use(folder, tmp_path):
-    """A transformer without guidance (schnell) put into dev's folder has no dynamic shift and reads 256 tokens."""
-    path = save(tmp_path / "schnell.safetensors", mmdit_from_diffusers(transformer(guidance=False).state_dict()))
-    config = load(folder, device="cpu", transformer=str(path)).config
-    assert (config.dynamic_shift, config.shift, config.max_text_tokens) == (False, 1.0, 256)
+def test_another_transformer_keeps_the_schedule_of_the_folder(folder, tmp_path):
+    """A de-distilled dev has no guidance embedding, but dev's shift, steps and number of tokens.
+    Oracle: the folder's own model; diffusers keeps the folder's scheduler too."""
+    state = mmdit_from_diffusers(transformer(guidance=False).state_dict())
+    path = save(tmp_path / "de-distilled.safetensors", state)
+    assert load(folder, device="cpu", transformer=path).config == load(folder, device="cpu").config
+
+
+def test_the_schedule_can_be_asked_for(folder, tmp_path):
+    """A schnell in dev's folder, and a de-distilled dev in a folder without a scheduler."""
+    state = mmdit_from_diffusers(transformer(guidance=False).state_dict())
+    path = save(tmp_path / "single.safetensors", state)
+    config = load(folder, device="cpu", transformer=str(path), schedule="schnell").config
+    assert config.schedule == SCHEDULES["schnell"]
+    assert (config.few_steps, config.max_text_tokens) == (True, 256)
+    shutil.rmtree(folder / "scheduler")
+    assert load(folder, device="cpu", transformer=path).config.few_steps
+    config = load(folder, device="cpu", transformer=path, schedule="dev").config
+    assert config.schedule == Schedule()
+    assert (config.few_steps, config.max_text_tokens) == (False, 512)
+    own = Schedule(spacing="karras")
+    assert load(folder, device="cpu", schedule=own).config.schedule == own
+    refused("schedule is 'fast', expected 'dev', 'schnell' or a Schedule", folder, schedule="fast")
+
+
+def test_a_guided_transformer_does_not_take_schnells_schedule(tmp_path):
+    """A fine-tuned dev put into schnell's folder."""
+    schnell = small_pipeline(tmp_path / "schnell", guidance=False)
+    path = save(tmp_path / "dev.safetensors", mmdit_from_diffusers(transformer().state_dict()))
+    config = load(schnell, device="cpu", transformer=path).config
+    assert config.schedule == Schedule() and not config.few_steps
 
 
 def test_a_folder_replaces_the_transformer_too(folder, tmp_path):

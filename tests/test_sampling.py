@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from miniflux.flux import SCHEDULES, Schedule
 from miniflux.sampling import (
     classifier_free,
     euler,
@@ -39,7 +40,7 @@ def test_positions_are_integers_of_index_row_and_column():
 
 
 def test_schnells_schedule_is_not_shifted():
-    assert schedule(4, 4096, dynamic_shift=False) == [1, 0.75, 0.5, 0.25, 0]
+    assert schedule(4, 4096, SCHEDULES["schnell"]) == [1, 0.75, 0.5, 0.25, 0]
 
 
 def test_devs_schedule_has_the_published_values():
@@ -58,7 +59,7 @@ def test_the_shift_grows_with_the_number_of_image_tokens(tokens, mu):
 
 def test_own_sigmas_are_shifted_too():
     assert schedule(2, 4096, sigmas=[1.0, 0.5])[1] == schedule(2, 4096)[1]
-    assert schedule(2, 64, dynamic_shift=False, shift=3.0, sigmas=[1.0, 0.5]) == [1.0, 0.75, 0.0]
+    assert schedule(2, 64, Schedule(use_dynamic_shifting=False, shift=3.0), sigmas=[1.0, 0.5]) == [1.0, 0.75, 0.0]
 
 
 def test_euler_is_exact_on_a_straight_flow():

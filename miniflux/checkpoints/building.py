@@ -17,6 +17,7 @@ from .formats import listing
 from .packed import Packed, PackedLinear, State
 
 Network = TypeVar("Network", bound=nn.Module)
+SIGNED = ("shift_factor", "base_shift", "max_shift")   # numbers of a config that may be 0 or negative
 
 class WithoutInitialisation(TorchFunctionMode):
     """Leaves out `torch.nn.init`: what it would write is replaced anyway, and on the meta device it imports a compiler (1 s)."""
@@ -92,11 +93,17 @@ def checked(field: Field, key: str, value, source: Path):
     def is_size(n) -> bool:
         return type(n) is int and least <= n <= limit
 
-    if field.type is int:
+    if value is None and field.default is None:
+        return None
+    if field.type is str:
+        good, expected = isinstance(value, str) and len(value) < 100, "a word"
+    elif field.type is int:
         good, expected = is_size(value), f"a whole number from {least} to {limit:,}"
-    elif field.type is float:
-        good = type(value) in (int, float) and math.isfinite(value) and (value > 0 or field.name == "shift_factor")
-        expected = "a positive number"
+    elif field.type in (float, float | None):
+        is_number = type(value) in (int, float) and math.isfinite(value)
+        good, expected = is_number and (value > 0 or field.name in SIGNED), "a positive number"
+        if field.name in SIGNED:
+            expected = "a number"
     elif field.type is bool:
         good, expected = isinstance(value, bool), "true or false"
     else:

@@ -16,6 +16,7 @@ from ..networks.pixtral import ACTIVATIONS, Pixtral, PixtralConfig, TransformerC
 from ..networks.taef1 import TAEF1Decoder
 from ..networks.vit_classifier import ViTClassifier, ViTConfig
 from .building import State, build, check_class, pick
+from .configs import check_fixed
 from .formats import read_json, read_safetensors, read_sharded
 from .hub import find_or_download, is_repo
 from .layouts import tower_config
@@ -52,13 +53,6 @@ def rename(state: State, table: tuple[tuple[str, str], ...]) -> State:
             name = re.sub(pattern, replacement, name)
         renamed[name] = tensor
     return renamed
-
-
-def check_fixed(values: dict, fixed: dict, source: Path) -> None:
-    """Refuses a config that asks for what is not built here: each of `fixed` is absent, or has that value."""
-    for key, expected in fixed.items():
-        if (found := values.get(key, expected)) != expected:
-            raise ValueError(f"{source}: {key} is {found!r:.60}, expected {expected!r}")
 
 
 # --------------------------------------------------------------------------------------------------------------- depth

@@ -33,7 +33,8 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..checkpoints.packed import PackedLinear
-from ..flux import Flux, find_device
+from ..devices import find_device
+from ..flux import Flux
 from ..networks.attention import attention_through
 from ..networks.mmdit import KeysValues, MMDiT
 from ..networks.t5 import T5

@@ -27,7 +27,8 @@ from torch import Tensor, nn
 
 from ..checkpoints.formats import spill
 from ..checkpoints.packed import PackedLinear
-from ..flux import Flux, find_device
+from ..devices import find_device
+from ..flux import Flux
 from ..networks.autoencoder import Autoencoder
 from ..networks.mmdit import MMDiT
 from ..networks.siglip import SigLIP

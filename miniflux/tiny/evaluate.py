@@ -23,10 +23,11 @@ import torch
 from tqdm import tqdm
 
 from .. import cli
-from ..flux import Flux, load
+from ..flux import Flux
 from ..generate import generate
 from ..images import check_number, check_output, save, to_pil
 from ..latents import decode
+from ..loading import load
 from .glyphs import OBJECTS, RECOLOURABLE
 from .grounds import SIDE
 from .judge import Verdict, judge, sprites

@@ -26,10 +26,11 @@ from ..cli import Parser
 from ..control import control
 from ..controlnet import load_controlnet
 from ..fill import fill
-from ..flux import Flux, load
+from ..flux import Flux
 from ..generate import generate
 from ..images import check_number, check_output, save
 from ..kontext_edit import kontext_edit
+from ..loading import load
 from ..networks.controlnet import ControlNet
 from ..redux import redux
 from .edits import EDITS, named, sample_edit

@@ -14,9 +14,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..adapters.ip_adapter import IPAdapter
+from ..checkpoints.finding import shipped_models
+from ..checkpoints.hub import SHIPPED
 from ..checkpoints.names import autoencoder_to_diffusers, mmdit_to_diffusers
 from ..cli import Parser
-from ..flux import SHIPPED, Flux, load, shipped_models
+from ..flux import Flux
+from ..loading import load
 from ..networks.autoencoder import Autoencoder, AutoencoderConfig
 from ..networks.clip import CLIPConfig, CLIPText, CLIPVision, CLIPVisionConfig
 from ..networks.controlnet import ControlNet

@@ -11,16 +11,17 @@ from PIL import Image, ImageDraw
 from ..adapters.ip_adapter import add_ip_adapter
 from ..adapters.lora import add_lora
 from ..canny import canny
+from ..checkpoints.finding import shipped_models
 from ..cli import Parser
 from ..control import control
 from ..controlnet import load_controlnet
 from ..fill import fill
-from ..flux import load, shipped_models
 from ..generate import generate
 from ..image_to_image import image_to_image
 from ..images import check_output, save
 from ..inpaint import inpaint
 from ..kontext_edit import kontext_edit
+from ..loading import load
 from ..redux import redux
 from .scenes import contact_sheet
 

@@ -25,10 +25,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ..checkpoints.finding import whole_models
 from ..checkpoints.layouts import load_autoencoder
 from ..cli import Parser
+from ..devices import find_device
 from ..engine import distributed
-from ..flux import find_device, load, whole_models
+from ..loading import load
 from ..networks.autoencoder import Autoencoder
 from ..networks.tokenizers import CLIPTokenizer, T5Tokenizer
 from . import (

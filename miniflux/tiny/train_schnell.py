@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..flux import Flux
+from ..flux import SCHEDULES, Flux
 from ..generate import generate
 from ..networks.attention import attention_backend
 from ..prompt import encode_prompt
@@ -52,7 +52,7 @@ def run(folder: Path, teacher: Flux, student: Flux, steps: int | None, minutes: 
     """Distil the teacher's paths to `count` pictures into `student`, another copy of it, which is changed; writes its LoRA."""
     torch.manual_seed(0)
     states, txt, vec = paths(teacher, count, seed=30)
-    student = replace(student, config=replace(student.config, dynamic_shift=False, shift=1.0))      # its times are quarters
+    student = replace(student, config=replace(student.config, schedule=SCHEDULES["schnell"], few_steps=True))      # its times are quarters
     mmdit, changes = student.mmdit, with_factors(student.mmdit)
     device, times = mmdit.img_in.weight.device, torch.linspace(1, 0, STEPS + 1)
     ids = image_ids(SIDE, SIDE, device=device), text_ids(txt.shape[1], device=device)

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from miniflux import flux
+from miniflux import loading
+from miniflux.checkpoints import finding
 from miniflux.checkpoints import hub
 from miniflux.checkpoints.hub import (
     OFFICIAL,
@@ -80,7 +81,7 @@ def test_the_cache_lies_where_the_hub_puts_it(monkeypatch, variables, expected):
 def test_a_model_is_found_through_its_main_branch(cache):
     path = snapshot(cache, SCHNELL, "aaa", "transformer/a.safetensors", age=100)
     snapshot(cache, SCHNELL, "bbb", "transformer/a.safetensors", main=False)
-    assert find_in_cache(SCHNELL) == find_or_download(SCHNELL) == flux.find_source("schnell") == flux.find_source(SCHNELL) == path
+    assert find_in_cache(SCHNELL) == find_or_download(SCHNELL) == finding.find_source("schnell") == finding.find_source(SCHNELL) == path
 
 
 def test_without_a_main_branch_the_newest_snapshot_is_taken(cache):
@@ -107,20 +108,20 @@ def test_a_name_comes_before_a_folder_of_that_name(cache, tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "schnell").mkdir()
     path = snapshot(cache, SCHNELL, "aaa", "transformer/a.safetensors")
-    assert flux.find_source("schnell") == path
-    assert flux.find_source("./schnell") == flux.find_source(Path("schnell")) == Path("schnell")
+    assert finding.find_source("schnell") == path
+    assert finding.find_source("./schnell") == finding.find_source(Path("schnell")) == Path("schnell")
 
 
 def test_a_folder_comes_before_a_repository_of_that_name(cache, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / SCHNELL).mkdir(parents=True)
     snapshot(cache, SCHNELL, "aaa", "transformer/a.safetensors")
-    assert flux.find_source(SCHNELL) == Path(SCHNELL)
+    assert finding.find_source(SCHNELL) == Path(SCHNELL)
 
 
 def test_models_are_listed_with_where_they_are(cache):
     path = snapshot(cache, SCHNELL, "aaa", "model_index.json")
-    lines = flux.list_models()
+    lines = finding.list_models()
     assert any(str(path) in line and line.startswith("schnell") for line in lines)
     assert any(f"not in {cache}" in line and line.startswith("dev") for line in lines)
 
@@ -130,7 +131,7 @@ def test_models_are_listed_with_where_they_are(cache):
 
 def test_a_missing_model_without_the_hub_says_what_to_do(cache, no_hub):
     with pytest.raises(FileNotFoundError) as caught:
-        flux.load("schnell")
+        loading.load("schnell")
     assert str(caught.value) == (f'{SCHNELL} is not in {cache}: `pip install "miniflux-torch[hub]"` to download it, '
                                  "or give a folder that holds it")
 
@@ -139,7 +140,7 @@ def test_an_incomplete_snapshot_is_said_so(cache, no_hub):
     path = snapshot(cache, SCHNELL, "aaa", "model_index.json", "tokenizer/vocab.json")
     (path / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
     with pytest.raises(ValueError, match="aaa is incomplete: it has a model_index.json, but not the folder transformer/"):
-        flux.load("schnell", device="cpu")
+        loading.load("schnell", device="cpu")
 
 
 def test_a_missing_or_incomplete_model_is_downloaded_into_the_cache(cache, monkeypatch):
@@ -171,7 +172,7 @@ def test_a_download_that_fails_says_what_to_do_in_one_line(cache, monkeypatch, e
 
     download(monkeypatch, fail)
     with pytest.raises(FileNotFoundError) as caught:
-        flux.load("dev")
+        loading.load("dev")
     message = str(caught.value)
     assert message.startswith(f"black-forest-labs/FLUX.1-dev could not be downloaded ({type(error).__name__}): {advice}")
     assert "\n" not in message
@@ -221,7 +222,7 @@ def test_a_shipped_adapter_is_found_by_its_name(tmp_path, monkeypatch):
         (shipped / file).touch()
     monkeypatch.setattr(hub, "SHIPPED", shipped)
     assert hub.shipped_adapters() == {"tiny-neon": "LoRA", "tiny-net": "ControlNet", "tiny-ip": "IP-Adapter"}
-    assert "tiny-net        shipped, a ControlNet" in flux.list_models()
+    assert "tiny-net        shipped, a ControlNet" in finding.list_models()
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tiny-net").mkdir()
     assert find_network("tiny-net", "ControlNet") == shipped / "tiny-net"

@@ -139,7 +139,7 @@ def test_a_folder_may_hold_a_model_and_redux_together(folder, tmp_path):
 
 
 def test_redux_beside_a_transformer_in_the_original_layout_is_not_taken_for_it(folder, tmp_path):
-    from miniflux.flux import find_parts
+    from miniflux.checkpoints.finding import find_parts
     for name in ("flux1-dev.safetensors", "flux1-redux-dev.safetensors"):
         (tmp_path / name).touch()
     assert find_parts(tmp_path)["transformer"].name == "flux1-dev.safetensors"

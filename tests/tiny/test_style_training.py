@@ -5,7 +5,7 @@ import torch
 from diffusers import FluxPipeline
 
 from miniflux import add_lora, load
-from miniflux.flux import SHIPPED
+from miniflux.checkpoints.hub import SHIPPED
 from miniflux.sampling import image_ids, text_ids
 from miniflux.tiny import train, train_style
 from miniflux.tiny.train_style import neon

@@ -8,7 +8,7 @@ from diffusers import FluxPipeline
 from PIL import Image
 
 from miniflux import generate, load
-from miniflux.flux import SHIPPED
+from miniflux.checkpoints.hub import SHIPPED
 from miniflux.tiny.judge import judge
 
 PROMPT = "a red apple on a blue background"

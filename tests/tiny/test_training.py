@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from miniflux import generate, load
+from miniflux.checkpoints.hub import SHIPPED
 from miniflux.checkpoints.layouts import load_autoencoder
-from miniflux.flux import SHIPPED
 from miniflux.networks.tokenizers import CLIPTokenizer, T5Tokenizer
 from miniflux.tiny import train as command
 from miniflux.tiny import train_flow

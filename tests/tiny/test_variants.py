@@ -9,9 +9,16 @@ import pytest
 import torch
 
 from miniflux import generate, kontext_edit, load
-from miniflux.flux import without_guidance
+from miniflux.flux import SCHEDULES
+from miniflux.loading import without_guidance
 from miniflux.sampling import patchify, unpatchify
-from miniflux.tiny import evaluate_variant, train, train_kontext, train_schnell, train_variant
+from miniflux.tiny import (
+    evaluate_variant,
+    train,
+    train_kontext,
+    train_schnell,
+    train_variant,
+)
 from miniflux.tiny.evaluate_variant import edge_f1, object_box, overlap
 from miniflux.tiny.pairs import edges
 from miniflux.tiny.scenes import render, sample_scene
@@ -63,7 +70,7 @@ def test_schnell_is_written_as_a_lora_with_its_guidance_and_loads_without_one(tm
     with torch.enable_grad():
         train.main(["schnell", "--steps", "2", "--scenes", "6", "--work", str(tmp_path), "--device", "cpu"])
     flux = load(tmp_path / "schnell", device="cpu")
-    assert not flux.mmdit.config.guidance_embed and not flux.config.dynamic_shift and (tmp_path / "schnell" / "sheet.png").is_file()
+    assert not flux.mmdit.config.guidance_embed and flux.config.few_steps and not flux.config.schedule.use_dynamic_shifting and (tmp_path / "schnell" / "sheet.png").is_file()
     seen = []
     picture, = generate(flux, "a cat", progress=False, on_step=lambda step, t, x: seen.append(t))
     assert seen == pytest.approx([1, 0.75, 0.5, 0.25]) and picture.size == (128, 128)
@@ -121,7 +128,7 @@ def test_a_guidance_that_is_folded_in_computes_the_same():
 def test_the_teachers_paths_are_those_of_twelve_steps(monkeypatch):
     """The kept states are a quarter of the time apart and end where twelve plain steps end."""
     flux = load("tiny", device="cpu")
-    flux = replace(flux, config=replace(flux.config, dynamic_shift=False, shift=1.0))
+    flux = replace(flux, config=replace(flux.config, schedule=SCHEDULES["schnell"], few_steps=True))
     states, txt, vec = train_schnell.paths(flux, 2, seed=3)
     assert states.shape == (2, 5, 64, 64) and len(txt) == len(vec) == 2
     caption = sample_scene(random.Random(3)).caption

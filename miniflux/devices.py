@@ -1,0 +1,21 @@
+"""The device to compute on, and the dtype to compute in, where nothing else is asked for."""
+
+import torch
+
+
+def find_device(name: torch.device | str | None = None) -> torch.device:
+    """The device of that name; by default CUDA, then MPS, then the CPU. Raises ValueError for one that is not here."""
+    if name is not None:
+        try:
+            torch.empty(0, device=name)
+            return torch.device(name)
+        except (RuntimeError, AssertionError, TypeError) as error:
+            raise ValueError(f"the device {str(name)!r} cannot be used here: {str(error).partition(chr(10))[0]}") from None
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def default_dtype(device: torch.device) -> torch.dtype:
+    """What is computed in where nothing else is asked for."""
+    return torch.float32 if device.type == "cpu" else torch.bfloat16

@@ -1,0 +1,188 @@
+"""`load`: finds a FLUX.1 model and assembles it."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from .adapters.redux import add_redux
+from .checkpoints import layouts
+from .checkpoints.building import pick
+from .checkpoints.configs import read_schedule
+from .checkpoints.finding import (
+    VARIANT,
+    find_part,
+    find_parts,
+    find_parts_in_file,
+    find_source,
+    whole_models,
+)
+from .checkpoints.formats import read_json
+from .devices import default_dtype, find_device
+from .flux import SCHEDULES, Flux, FluxConfig, Schedule
+from .images import check_number, log
+from .networks.mmdit import MMDiT, timestep_embedding
+from .networks.tokenizers import CLIPTokenizer, T5Tokenizer
+
+
+def load(source: str | Path = "tiny", *, device: torch.device | str | None = None,
+         dtype: torch.dtype | None = None, transformer: str | Path | None = None,
+         schedule: str | Schedule | None = None, fit: bool = False) -> Flux:
+    """Load a FLUX.1 model.
+
+    source: a shipped name ("tiny"), an official short name ("schnell", "dev", "krea", "fill",
+        "canny", "depth", "kontext"; "redux" is dev with `add_redux`), a Hub id, a folder in the
+        diffusers or in the original layout, or a single file with a whole model (ComfyUI's).
+    device: by default CUDA, then MPS, then the CPU.
+    dtype: what is computed in, by default bfloat16 on accelerators, float32 on the CPU. Quantised
+        weights stay quantised in memory.
+    transformer: a single file (safetensors or GGUF) or a folder, whose transformer replaces the
+        source's.
+    schedule: "dev", "schnell" or a `Schedule`: how the times are spaced. By default as the source's
+        folder asks for, with any transformer; where it asks for nothing, as schnell's for a
+        transformer without guidance embedding, else as dev's.
+    fit: whether to find out first how much memory is free, and offload the model where it would not
+        fit as a whole (`plan.py`).
+
+    Raises FileNotFoundError for what is not there, ValueError for what is not a FLUX.1 model."""
+    device = find_device(device)
+    dtype = dtype or default_dtype(device)
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"dtype is {dtype!r:.60}, "
+                         "expected torch.float32, torch.bfloat16 or torch.float16")
+    if fit:
+        from .plan import load_fitting
+        flux = load_fitting(source, device, dtype, transformer)
+    else:
+        flux = assemble(source, device, dtype, transformer)
+    return flux if schedule is None else with_schedule(flux, schedule)
+
+
+def with_schedule(flux: Flux, schedule: str | Schedule) -> Flux:
+    """The model with another schedule; with schnell's it also has schnell's few steps and tokens."""
+    settings = SCHEDULES.get(schedule) if isinstance(schedule, str) else schedule
+    if not isinstance(settings, Schedule):
+        raise ValueError(f"schedule is {schedule!r:.60}, "
+                         f"expected {', '.join(map(repr, SCHEDULES))} or a Schedule")
+    guided = flux.mmdit.config.guidance_embed
+    few_steps = not guided and not settings.use_dynamic_shifting
+    tokens = text_tokens(few_steps, flux.t5_tokenizer)
+    return replace(flux, config=replace(flux.config, schedule=settings, few_steps=few_steps,
+                                        max_text_tokens=tokens))
+
+
+def assemble(source: str | Path, device: torch.device, dtype: torch.dtype | None,
+             transformer: str | Path | None = None) -> Flux:
+    """The model of `load`, from its files; with the dtype None, as they hold it."""
+    folder = find_source(source)
+    if (folder / VARIANT).is_file():
+        return assemble_variant(folder, device, dtype, transformer)
+    if find_part(folder, "image_embedder") and not find_part(folder, "transformer"):
+        return add_redux(assemble("dev", device, dtype, transformer), folder)
+    override = None if transformer is None else Path(transformer).expanduser()
+    if override and not override.exists():
+        raise FileNotFoundError(f"the transformer {transformer} does not exist: expected a file or a folder")
+    files = (find_parts if folder.is_dir() else find_parts_in_file)(folder, override)
+
+    def part(name: str, loader):
+        return loader(files[name], device, dtype) if name in files else None
+
+    def tokenizer(name: str, kind: type):
+        return kind.from_folder(files[name]) if name in files else None
+
+    flux = Flux(
+        clip_tokenizer=tokenizer("tokenizer", CLIPTokenizer),
+        t5_tokenizer=tokenizer("tokenizer_2", T5Tokenizer),
+        clip=part("text_encoder", layouts.load_clip),
+        t5=part("text_encoder_2", layouts.load_t5),
+        mmdit=part("transformer", layouts.load_mmdit),
+        autoencoder=part("vae", layouts.load_autoencoder),
+        config=FluxConfig(name=Path(source).name))
+    flux = replace(flux, config=read_config(flux, folder, replaced=override is not None))
+    check_fit(flux, folder)
+    return add_redux(flux, folder) if "image_embedder" in files else flux
+
+
+def assemble_variant(folder: Path, device: torch.device, dtype: torch.dtype | None, transformer: str | Path | None) -> Flux:
+    """A shipped model with Redux, where this folder holds that; else with the folder's LoRA merged into it for good: it may widen the
+    first layer, or, where `variant.json` says with which guidance it was made to need few steps, take the guidance embedding away."""
+    from .adapters.lora import merged_for_good
+
+    described = read_json(folder / VARIANT)
+    base, guidance = described.get("base"), described.get("guidance")
+    if base not in whole_models():
+        raise ValueError(f"{folder / VARIANT} names the base {base!r:.60}: expected a shipped model such as tiny")
+    flux = assemble(base, device, dtype, transformer)
+    flux = add_redux(flux, folder) if find_part(folder, "image_embedder") else merged_for_good(flux, folder / "lora.safetensors")
+    config = replace(flux.config, name=folder.name)
+    if guidance is None:
+        return replace(flux, config=config)
+    check_number(f"the guidance in {folder / VARIANT}", guidance, 0, 1000)
+    return replace(flux, mmdit=without_guidance(flux.mmdit, guidance), config=replace(config, schedule=SCHEDULES["schnell"], few_steps=True))
+
+
+@torch.no_grad()
+def without_guidance(mmdit: MMDiT, guidance: float) -> MMDiT:
+    """The transformer that computes for ever what this one computes with that guidance: the constant part of
+    time_in(t) + guidance_in(g) + vector_in(p) moves into the last bias."""
+    with torch.device("meta"):
+        fixed = MMDiT(replace(mmdit.config, guidance_embed=False))
+    bias = mmdit.vector_in.out_layer.bias
+    constant = mmdit.guidance_in(timestep_embedding(bias.new_tensor([guidance])))[0]
+    state = {name: value for name, value in mmdit.state_dict().items() if not name.startswith("guidance_in.")}
+    fixed.load_state_dict(state | {"vector_in.out_layer.bias": bias + constant}, assign=True)
+    return fixed.eval().requires_grad_(False)
+
+
+def read_config(flux: Flux, folder: Path, replaced: bool) -> FluxConfig:
+    """The bundle's settings from the folder's small JSON files.
+
+    replaced: whether the transformer is another one than the folder's. It keeps the folder's schedule
+    all the same, as in diffusers: one without guidance embedding may be a de-distilled dev. Only a
+    transformer with guidance embedding has no use for schnell's schedule."""
+    guided = flux.mmdit.config.guidance_embed
+    settings = SCHEDULES["dev" if guided else "schnell"]
+    file = folder / "scheduler" / "scheduler_config.json"
+    if file.is_file():
+        own = read_schedule(file)
+        if own.use_dynamic_shifting or not (replaced and guided):
+            settings = own
+        if replaced and not guided and own.use_dynamic_shifting:
+            log.info("a transformer without guidance embedding with the schedule of %s: "
+                     'if it is a schnell, load it with schedule="schnell"', folder.name)
+    few_steps = not guided and not settings.use_dynamic_shifting
+    config = replace(flux.config, schedule=settings, few_steps=few_steps,
+                     max_text_tokens=text_tokens(few_steps, flux.t5_tokenizer))
+    vae = folder / "vae" / "config.json"
+    if vae.is_file():
+        size = pick(FluxConfig, read_json(vae), {"size": "sample_size"}, vae).size
+        config = replace(config, size=size)
+    return config
+
+
+def text_tokens(few_steps: bool, tokenizer: T5Tokenizer | None) -> int:
+    """How many T5 tokens the model was trained with."""
+    # Note: schnell was trained with 256 tokens, though its tokenizer would allow 512.
+    return min(256 if few_steps else 512, tokenizer.max_length if tokenizer else 512)
+
+
+def check_fit(flux: Flux, folder: Path) -> None:
+    """Refuses parts that do not belong together: widths that differ, tokens that a text encoder does not know."""
+    sizes, clip, t5, vae = flux.mmdit.config, flux.clip and flux.clip.config, flux.t5 and flux.t5.config, flux.autoencoder
+    facts = []
+    if clip:
+        facts.append(("CLIP's width", clip.hidden_size, [sizes.vec_in_dim]))
+    if t5:
+        facts.append(("T5's width", t5.d_model, [sizes.context_in_dim]))
+    if vae:
+        facts.append(("the autoencoder's latent channels x 4", 4 * vae.config.z_channels, [sizes.out_channels]))
+    if clip and flux.clip_tokenizer:
+        facts.append(("CLIP's largest token", max(flux.clip_tokenizer.vocab.values()), range(clip.vocab_size)))
+        facts.append(("CLIP's number of tokens", flux.clip_tokenizer.max_length, range(clip.max_position_embeddings + 1)))
+    if t5 and flux.t5_tokenizer:
+        largest = max([len(flux.t5_tokenizer.pieces) - 1, *flux.t5_tokenizer.special.values()])
+        facts.append(("T5's largest token", largest, range(t5.vocab_size)))
+    for what, have, allowed in facts:
+        if have not in allowed:
+            raise ValueError(f"the parts of {folder} do not belong together: {what} is {have}, expected "
+                             + ("at most " if len(allowed) > 1 else "") + str(allowed[-1]))
