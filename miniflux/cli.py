@@ -30,11 +30,11 @@ from .engine.offload import MODES as TURNS
 from .engine.offload import offload
 from .engine.quantize import FORMATS, quantize
 from .engine.tiling import tile
-from .flux import Flux
+from .flux import SCHEDULES, Flux
 from .images import check_output, number, save, strip, to_pil
 from .info import marks, spell
 from .latents import decode
-from .loading import assemble, load
+from .loading import assemble, load, with_schedule
 from .masks import blur_mask, expand_canvas, mask_from_alpha
 from .sampling import OnFinish
 from .settings import DEFAULTS, DISTILLED_STEPS
@@ -67,6 +67,8 @@ def parser(task: str, description: str, prompt: bool = True) -> Parser:
     p.add_argument("--output", default=f"{task}.png", help=f"the picture to write; several are numbered (default {task}.png)")
     p.add_argument("--model", default="tiny", help="a shipped name, an official short name, a Hub id or a folder (default tiny)")
     p.add_argument("--transformer", help="a single file whose transformer replaces the model's (default: none)")
+    p.add_argument("--schedule", choices=list(SCHEDULES),
+                   help="how the times are spaced (default: as the model's folder asks for)")
     p.add_argument("--width", type=int, help=f"pixels, rounded down to a multiple of 16 (default: {shape})")
     p.add_argument("--height", type=int, help=f"pixels, rounded down to a multiple of 16 (default: {shape})")
     p.add_argument("--steps", type=int,
@@ -193,7 +195,9 @@ def run(p: Parser, paint: Callable, inputs: Callable[[Flux, argparse.Namespace],
         if args.offload:
             flux = offloaded(args, find_device(device), dtype)
         else:
-            flux = adapt(load(args.model, device=device, dtype=dtype, transformer=args.transformer), args)
+            flux = load(args.model, device=device, dtype=dtype, transformer=args.transformer,
+                        schedule=args.schedule)
+            flux = adapt(flux, args)
         look = partial(decode, flux)
         if args.preview_with:
             from .preview import load_preview
@@ -249,6 +253,8 @@ def offloaded(args: argparse.Namespace, device: torch.device, dtype: torch.dtype
     dtype = dtype or default_dtype(device)
     with joined_on_disk() if args.offload == "disk" else nullcontext():
         flux = assemble(args.model, torch.device("cpu"), None, args.transformer)
+    if args.schedule:
+        flux = with_schedule(flux, args.schedule)
     return offload(adapt(flux, args), device, args.offload, dtype=dtype)
 
 

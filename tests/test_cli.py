@@ -68,6 +68,17 @@ def test_a_model_is_quantised(folder, tmp_path):
         assert picture.tobytes() == expected.tobytes()
 
 
+@pytest.mark.parametrize("more", [[], ["--offload", "model"]], ids=str)
+def test_a_schedule_can_be_asked_for(folder, tmp_path, more):
+    """As the keyword of `load`."""
+    arguments = ["--steps", "2", "--schedule", "schnell", *more]
+    run(folder, *arguments, "--output", str(tmp_path / "a.png"), "--quiet")
+    flux = load(folder, device="cpu", schedule="schnell")
+    expected, = generate(flux, "a red apple", width=32, height=48, steps=2, max_text_tokens=8)
+    with Image.open(tmp_path / "a.png") as picture:
+        assert max(abs(a - b) for a, b in zip(picture.tobytes(), expected.tobytes())) <= 1
+
+
 @pytest.mark.parametrize("mode", ["block", "disk"])
 def test_an_offloaded_model_paints_the_same_with_its_loras(folder, tmp_path, mode):
     from safetensors.torch import save_file
