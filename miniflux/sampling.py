@@ -142,7 +142,7 @@ def beta_quantile(p: float, a: float = 0.6) -> float:
     return low
 
 
-def flow(mmdit: MMDiT, txt: Tensor, vec: Tensor, guidance: float, height: int, width: int, beside: Tensor | None = None,
+def flow(mmdit: MMDiT, txt: Tensor, vec: Tensor, guidance: float | Tensor, height: int, width: int, beside: Tensor | None = None,
          after: tuple[Tensor, Tensor] | None = None, image_kv: Sequence[KeysValues] | None = None) -> Velocity:
     """The model's velocity for encoded prompts txt (B, L, ·), vec (B, ·) and latents of height x width latent pixels; the guidance
     counts where the model has an embedding for it. It takes residuals as a third argument, which are handed to the model.
@@ -150,16 +150,16 @@ def flow(mmdit: MMDiT, txt: Tensor, vec: Tensor, guidance: float, height: int, w
     beside: further channels of each image token, (B, N, ·): what a model is told about every place (fill, control).
     after: further tokens (B, M, ·) with their positions (M, 3), which are seen but not painted (kontext).
     image_kv: keys and values of pictures that the image tokens look at in each double block (IP-Adapter)."""
-    def per_picture(value: float) -> Tensor:
+    def per_picture(value: float | Tensor) -> Tensor:
         # Note: time and guidance are rounded to the model's dtype, as in the original.
-        return torch.full((len(vec),), value, dtype=txt.dtype, device=txt.device)
+        return torch.as_tensor(value, dtype=txt.dtype, device=txt.device).expand(len(vec))
 
     txt_ids, img_ids = text_ids(txt.shape[1], txt.device), image_ids(height, width, device=txt.device)
     strictness, count = per_picture(guidance) if mmdit.config.guidance_embed else None, len(img_ids)
     if after is not None:
         img_ids = torch.cat([img_ids, after[1].to(img_ids)])                    # (N+M, 3)
 
-    def velocity(x: Tensor, t: float, residuals: Sequence[Tensor | None] | None = None) -> Tensor:
+    def velocity(x: Tensor, t: float | Tensor, residuals: Sequence[Tensor | None] | None = None) -> Tensor:
         img = patchify(x.to(txt.dtype))                                         # (B, N, 64)
         if beside is not None:
             img = torch.cat([img, beside.to(img)], dim=-1)                      # (B, N, in_channels)
@@ -171,12 +171,14 @@ def flow(mmdit: MMDiT, txt: Tensor, vec: Tensor, guidance: float, height: int, w
     return velocity
 
 
-def classifier_free(velocity: Velocity, unwanted: Velocity, scale: float) -> Velocity:
-    """True classifier-free guidance (Ho & Salimans 2022, arXiv:2207.12598): away from `unwanted`, two passes a step."""
+def classifier_free(velocity: Velocity, unwanted: Velocity, scale: float | Tensor) -> Velocity:
+    """True classifier-free guidance (Ho & Salimans 2022, arXiv:2207.12598): away from `unwanted`, two passes a step.
+
+    scale: a number, or one for each picture (B,)."""
     def guided(x: Tensor, t: float, *residuals) -> Tensor:
         v = velocity(x, t, *residuals)
         v_unwanted = unwanted(x, t, *residuals)
-        return v_unwanted + scale * (v - v_unwanted)
+        return v_unwanted + per_image(scale, v) * (v - v_unwanted)
 
     return guided
 
@@ -207,3 +209,47 @@ def euler(velocity: Velocity, x: Tensor, ts: Sequence[float], on_step: OnStep | 
             on_step(step, t, x)
         x = x + (t_next - t) * velocity(x, t).float()
     return x
+
+
+# ------------------------------------------------------------------------------------ training
+
+
+def per_image(value: float | Tensor, x: Tensor) -> float | Tensor:
+    """A number as it is; one for each image (B,) as (B, 1, 1, 1), on the device of x (B, 16, h, w)."""
+    return value.to(x.device)[:, None, None, None] if isinstance(value, Tensor) else value
+
+
+def interpolate(z: Tensor, eps: Tensor, t: float | Tensor) -> Tensor:
+    """x(t) = (1 - t) z + t eps, on the straight line from latents to noise.
+
+    z, eps: (B, 16, h, w). t: in [0, 1], a number or one for each image (B,)."""
+    t = per_image(t, z)
+    return (1 - t) * z + t * eps
+
+
+def logit_normal_times(n: int, generator: torch.Generator) -> Tensor:
+    """n times in (0, 1): the sigmoid of a standard normal number, so that the middle of the flow,
+    where the velocity is hardest to predict, comes most often (arXiv:2403.03206, section 3.1)."""
+    return torch.sigmoid(torch.randn(n, generator=generator))
+
+
+def flow_matching_loss(velocity: Velocity, z: Tensor, eps: Tensor, t: Tensor,
+                       weight: Tensor | None = None) -> Tensor:
+    """mean (v(x_t, t) - (eps - z))^2: along the line the velocity is dx/dt = eps - z (arXiv:2210.02747).
+
+    z, eps: (B, 16, h, w). t: (B,). weight: of each latent pixel (B, 1, h, w), 1 on average."""
+    v = velocity(interpolate(z, eps, t), t)                                     # (B, 16, h, w)
+    error = (v.float() - (eps - z)).square()
+    return (error if weight is None else weight * error).mean()
+
+
+def distillation_loss(student: Velocity, teacher: Velocity, z: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+    """mean (v_student(x_t, t) - v_teacher(x_t, t))^2; the teacher does not learn.
+
+    With the teacher `classifier_free(velocity, unwanted, w)`, and a student that is given w as its
+    guidance, one pass learns to do what took two: guidance distillation (Meng et al. 2022,
+    arXiv:2210.03142), which makes a FLUX "dev"."""
+    x = interpolate(z, eps, t)
+    with torch.no_grad():
+        target = teacher(x, t).float()                                          # (B, 16, h, w)
+    return (student(x, t).float() - target).square().mean()

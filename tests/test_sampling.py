@@ -6,11 +6,17 @@ import pytest
 import torch
 
 from miniflux.flux import SCHEDULES, Schedule
+from miniflux.networks.mmdit import MMDiT, MMDiTConfig
 from miniflux.sampling import (
     classifier_free,
+    distillation_loss,
     euler,
+    flow,
+    flow_matching_loss,
     image_ids,
+    interpolate,
     keep,
+    logit_normal_times,
     noise,
     patchify,
     schedule,
@@ -109,3 +115,55 @@ def test_what_is_kept_arrives_at_its_latents_whatever_the_model_says():
     x = euler(keep(lambda x, t: torch.ones_like(x), mask, eps - z), 0.9 * eps + 0.1 * z, ts, lambda step, t, x: seen.append((t, x)))
     assert all(torch.allclose(x[..., 2:], (t * eps + (1 - t) * z)[..., 2:], atol=1e-6) for t, x in seen)
     assert torch.allclose(x[..., 2:], z[..., 2:], atol=1e-6) and torch.allclose(x[..., :2], (0.9 * eps + 0.1 * z - 0.9)[..., :2], atol=1e-6)
+
+
+def test_interpolation_runs_from_latents_to_noise_and_its_slope_is_the_velocity():
+    """By hand: x(0) = z, x(1) = eps, and x(t) - t (eps - z) = z at every t."""
+    z, eps = torch.randn(2, 3, 16, 4, 4)
+    assert torch.equal(interpolate(z, eps, 0.0), z) and torch.equal(interpolate(z, eps, 1.0), eps)
+    t = torch.tensor([0.1, 0.5, 0.9])
+    x = interpolate(z, eps, t)
+    assert torch.allclose(x - t[:, None, None, None] * (eps - z), z, atol=1e-6)
+    assert torch.equal(x[1], interpolate(z, eps, 0.5)[1])
+
+
+def test_training_times_are_logit_normal():
+    """Half of them below 1/2, and 68% between sigmoid(-1) and sigmoid(1)."""
+    t = logit_normal_times(20_000, torch.Generator().manual_seed(0))
+    assert t.shape == (20_000,) and (0 < t).all() and (t < 1).all()
+    assert float((t < 0.5).float().mean()) == pytest.approx(0.5, abs=0.02)
+    assert float(((t > 0.2689) & (t < 0.7311)).float().mean()) == pytest.approx(0.683, abs=0.02)
+
+
+def test_the_flow_matching_loss_is_zero_for_the_true_velocity_and_weighted_where_asked():
+    z, eps = torch.randn(2, 2, 16, 4, 4)
+    t = torch.tensor([0.3, 0.8])
+    assert flow_matching_loss(lambda x, t: eps - z, z, eps, t) == 0
+    wrong = lambda x, t: eps - z + 1                                            # noqa: E731
+    assert flow_matching_loss(wrong, z, eps, t) == pytest.approx(1.0, abs=1e-5)
+    half = torch.zeros(2, 1, 4, 4)
+    half[:, :, :2] = 1
+    assert flow_matching_loss(wrong, z, eps, t, half) == pytest.approx(0.5, abs=1e-5)
+
+
+def test_a_student_with_its_teachers_guided_velocity_has_no_distillation_loss():
+    """By hand, guidance differing from image to image: v_neg + w (v - v_neg)."""
+    z, eps = torch.randn(2, 2, 16, 4, 4)
+    t, w = torch.tensor([0.3, 0.8]), torch.tensor([1.0, 6.0])
+    teacher = classifier_free(lambda x, t: 3 * x, lambda x, t: x, w)
+    student = lambda x, t: x + w[:, None, None, None] * 2 * x                   # noqa: E731
+    assert distillation_loss(student, teacher, z, eps, t) < 1e-10
+    assert distillation_loss(lambda x, t: 3 * x, teacher, z, eps, t) > 1
+
+
+def test_a_velocity_takes_times_and_guidance_of_each_image():
+    """A batch with times and guidance of its own equals its images one by one."""
+    torch.manual_seed(0)
+    mmdit = MMDiT(MMDiTConfig(in_channels=64, vec_in_dim=8, context_in_dim=8, hidden_size=32, num_heads=2,
+                              depth=1, depth_single_blocks=1, axes_dim=(4, 6, 6)))
+    x, txt, vec = torch.randn(2, 16, 4, 4), torch.randn(2, 3, 8), torch.randn(2, 8)
+    t, w = [0.25, 0.75], [1.0, 4.0]
+    both = flow(mmdit, txt, vec, torch.tensor(w), 4, 4)(x, torch.tensor(t))
+    for i in range(2):
+        one = flow(mmdit, txt[i:i + 1], vec[i:i + 1], w[i], 4, 4)(x[i:i + 1], t[i])
+        assert torch.allclose(both[i:i + 1], one, atol=1e-5)
