@@ -20,8 +20,8 @@ def canny(image: Picture, low: float = 50, high: float = 200) -> Image.Image:
 
     low, high: thresholds of the gradient |dx| + |dy| by 3x3 Sobel filters, 0 to 2040: above `high` an edge begins, above `low` it
     goes on. The values of the original repository are the defaults. Raises ValueError for what is no picture or threshold."""
-    for name, value in (("low", low), ("high", high)):
-        check_number(f"the threshold {name}", value, 0, 1_000_000)
+    low = check_number("the threshold low", low, 0, 1_000_000)
+    high = check_number("the threshold high", high, 0, 1_000_000)
     low, high = sorted((int(low), int(high)))
     dx, dy, strength = gradient(np.asarray(as_pil(read_picture(image)), np.int32))
     ridge = thin(dx, dy, strength)

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from .checkpoints import layouts
 from .checkpoints.hub import find_network
+from .checks import check_number, quote, to_number
 from .devices import default_dtype, find_device
 from .flux import Flux
-from .images import Picture, check_number, fit, read_pictures, size_of
+from .images import Picture, fit, read_pictures, size_of
 from .latents import encode, spread
 from .networks.controlnet import ControlNet, assign
 from .prompt import Prompt
@@ -65,20 +66,20 @@ def read_controls(flux: Flux, controlnet: Controls | None) -> list[Control]:
 
 def read_control(flux: Flux, given: Control | tuple) -> Control:
     if not isinstance(given, tuple) or not 2 <= len(given) <= 6 or not isinstance(given[0], ControlNet):
-        raise ValueError(f"controlnet is {given!r:.60}: expected (net, image, scale, start, end, mode), with a net of load_controlnet, "
+        raise ValueError(f"controlnet is {quote(given)}: expected (net, image, scale, start, end, mode), with a net of load_controlnet, "
                          "or a list of such tuples")
     net, image, scale, start, end, mode = Control(*given)
     for field in ("hidden_size", "in_channels", "context_in_dim", "vec_in_dim"):
         if (have := getattr(net.config, field)) != (need := getattr(flux.mmdit.config, field)):
             raise ValueError(f"this ControlNet was made for another model: its {field} is {have}, that of {flux.config.name} is {need}")
-    check_number("the scale of a ControlNet", scale, -100, 100)
-    check_number("the start of a ControlNet", start, 0, 1)
-    check_number("the end of a ControlNet", end, start, 1)
-    number = MODES.get(mode, mode) if isinstance(mode, str) else mode
-    if net.config.modes and (type(number) is not int or not 0 <= number < net.config.modes):
-        raise ValueError(f"the mode is {mode!r}: this union net needs a number below {net.config.modes}, or one of {', '.join(MODES)}")
+    scale = check_number("the scale of a ControlNet", scale, -100, 100)
+    start = check_number("the start of a ControlNet", start, 0, 1)
+    end = check_number("the end of a ControlNet", end, start, 1)
+    number = MODES.get(mode) if isinstance(mode, str) else to_number(mode, whole=True)
+    if net.config.modes and (number is None or not 0 <= number < net.config.modes):
+        raise ValueError(f"the mode is {quote(mode)}: this union net needs a number below {net.config.modes}, or one of {', '.join(MODES)}")
     if not net.config.modes and mode is not None:
-        raise ValueError(f"the mode is {mode!r}, but this ControlNet knows one kind of control only: leave the mode out")
+        raise ValueError(f"the mode is {quote(mode)}, but this ControlNet knows one kind of control only: leave the mode out")
     return Control(net, read_pictures(image, "control image"), scale, start, end, number)
 
 

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .checks import check_switch
 from .flux import Flux
 from .generate import paint
 from .images import Picture, Pictures, fit, read_pictures, size_of, to_tensor
@@ -42,6 +43,7 @@ def fill(flux: Flux, prompt: Text, image: Picture | list[Picture], mask: Picture
     pictures = read_pictures(image, "image")
     call = resolve("fill", flux, width, height, steps, guidance, seed, num_images, negative_prompt, true_cfg, sigmas,
                    max_text_tokens, output, progress, on_step, on_finish, like=size_of(pictures[0]), strength=strength)
+    paste_back = check_switch("paste_back", paste_back)
     masks = read_masks(mask, pictures)
     known, hole = fit(pictures, call.width, call.height), fit_masks(masks, call.width, call.height)
     start = None if strength == 1 and sigmas is None else encode(flux, known)   # at t = 1 nothing is left of it

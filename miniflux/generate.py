@@ -15,10 +15,10 @@ from .adapters.ip_adapter import IPImage, IPImages, IPScale, image_keys_values, 
 from .controlnet import Control, Controls, like, read_controls, residuals_of
 from .engine.modulation import modulations
 from .flux import Flux
-from .images import Pictures, Pixels, to_pil
+from .images import Pictures, Pixels, log, to_pil
 from .latents import decode, spread
 from .prompt import Prompt, Text, encode_prompt, match, repeat
-from .sampling import OnFinish, OnStep, Velocity, classifier_free, euler, flow, keep, noise, schedule, steer
+from .sampling import OnFinish, OnStep, Velocity, classifier_free, euler, flow, keep, noise, schedule, seeds_from, steer
 from .settings import Call, resolve
 
 
@@ -42,8 +42,8 @@ def generate(flux: Flux, prompt: Text, *, width: int | None = None, height: int 
     negative_ip_image: what to avoid in the second pass (default: black).
     output: "pil" (a list), "tensor" (B, 3, H, W) in [0, 1], or "latents" (B, 16, H/8, W/8).
     on_step(step, t, x): called before each step with its number, its time and the latents (B, 16, H/8, W/8) at that time.
-    on_finish(pictures): makes of the finished pictures (B, 3, H, W) in [0, 1] what is returned, such as `add_watermark`, or raises
-    an error, such as `stop_flagged(filters)`.
+    on_finish(pictures): makes of the finished pictures (B, 3, H, W) in [0, 1] what is returned, such as `add_watermark`; returns
+    None to leave them as they are; or raises an error, such as `stop_flagged(filters)`, and then none is returned.
 
     Raises ValueError for a value out of range. Papers: arXiv:2403.03206. Reference: diffusers' `FluxPipeline` and
     `FluxControlNetPipeline`."""
@@ -66,7 +66,7 @@ def paint(flux: Flux, prompt: Text, call: Call, *, start: Tensor | None = None, 
     decoded pictures (B, 3, H, W) in [0, 1]."""
     text = repeat(encode_prompt(flux, prompt, call.max_text_tokens), call.num_images)
     count, h, w, channels = len(text), call.height // 8, call.width // 8, flux.mmdit.config.out_channels // 4
-    x = eps = noise(range(call.seed, call.seed + count), h, w, channels, text.txt.dtype).to(text.txt.device)  # (B, 16, h, w)
+    x = eps = noise(seeds_from(call.seed, count), h, w, channels, text.txt.dtype).to(text.txt.device)  # (B, 16, h, w)
     ts = schedule(call.steps, h * w // 4, flux.config.schedule, sigmas=call.sigmas, strength=call.strength)
     start, mask, beside = (spread(given, x) for given in (start, mask, beside))
     after = after and (spread(after[0], x), after[1])
@@ -95,14 +95,26 @@ def paint(flux: Flux, prompt: Text, call: Call, *, start: Tensor | None = None, 
 
 def deliver(flux: Flux, pictures: Tensor, call: Call) -> Pictures:
     """(B, 3, H, W) in [0, 1] as it is, or as PIL pictures whose `info` says how they were made."""
-    if call.on_finish and not isinstance(pictures := call.on_finish(pictures), Tensor):
-        raise ValueError(f"on_finish returned a {type(pictures).__name__}: expected the pictures (B, 3, H, W) or others in their place")
+    pictures = finish(call.on_finish, pictures) if call.on_finish else pictures
     if call.output == "tensor":
         return pictures
     painted, guidance = to_pil(pictures), call.guidance if flux.mmdit.config.guidance_embed else None
-    for i, picture in enumerate(painted):
-        picture.info = {"seed": call.seed + i, "steps": call.steps, "guidance": guidance}
+    for picture, seed in zip(painted, seeds_from(call.seed, len(painted))):
+        picture.info = {"seed": seed, "steps": call.steps, "guidance": guidance}
     return painted
+
+
+def finish(on_finish: OnFinish, pictures: Tensor) -> Tensor:
+    """What on_finish makes of the pictures. An error that it raises goes to the caller, and no picture does: so filters work."""
+    finished = on_finish(pictures)
+    if finished is None:                                    # it has only looked at them, or changed them in place
+        return pictures
+    if not isinstance(finished, Tensor) or finished.ndim != 4 or finished.shape[1] != 3 or not finished.is_floating_point():
+        shape = list(getattr(finished, "shape", []))
+        log.warning("on_finish returned a %s%s, expected pictures (B, 3, H, W) or None: the pictures are returned as they were",
+                    type(finished).__name__, f" of the shape {shape}" if shape else "")
+        return pictures
+    return finished
 
 
 def main() -> None:

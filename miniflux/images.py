@@ -7,7 +7,6 @@
 """
 
 import logging
-import math
 import os
 import warnings
 from pathlib import Path
@@ -16,6 +15,9 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, PngImagePlugin
 from torch import Tensor
+
+from .checks import check_number as check_number
+from .checks import quote, to_number
 
 log = logging.getLogger("miniflux")
 
@@ -132,10 +134,12 @@ def size_of(picture: Pixels) -> tuple[int, int]:
 # --------------------------------------------------------------------------------------------------------------- sizes
 
 
-def check_side(name: str, value) -> None:
-    """Raises ValueError for what is no width or height."""
-    if type(value) is not int or not MULTIPLE <= value <= MAX_SIDE:
-        raise ValueError(f"{name} is {value!r}: expected a whole number of pixels from {MULTIPLE} to {MAX_SIDE}")
+def check_side(name: str, value) -> int:
+    """A width or height as a Python number. Raises ValueError for what is none."""
+    side = to_number(value, whole=True)
+    if side is None or not MULTIPLE <= side <= MAX_SIDE:
+        raise ValueError(f"{name} is {quote(value)}: expected a whole number of pixels from {MULTIPLE} to {MAX_SIDE}")
+    return side
 
 
 def floor_side(value: float) -> int:
@@ -145,8 +149,7 @@ def floor_side(value: float) -> int:
 
 def round_size(width: int, height: int) -> tuple[int, int]:
     """Both sides rounded down to multiples of 16, which is said once. Raises ValueError for what is no size."""
-    check_side("width", width)
-    check_side("height", height)
+    width, height = check_side("width", width), check_side("height", height)
     rounded = floor_side(width), floor_side(height)
     if rounded != (width, height):
         log.warning("%d x %d is painted as %d x %d: sides are multiples of %d", width, height, *rounded, MULTIPLE)
@@ -239,11 +242,3 @@ def save(picture: Image.Image, path: Path, metadata: dict[str, object], exif: di
 def number(path: Path, i: int, count: int) -> Path:
     """`out.png` for one picture; `out-1.png`, `out-2.png`, ... for several."""
     return path if count == 1 else path.with_name(f"{path.stem}-{i + 1:0{len(str(count))}}{path.suffix}")
-
-
-def check_number(name: str, value, low: float, high: float = math.inf, whole: bool = False) -> None:
-    """Raises ValueError unless value is a number (whole if asked for) in [low, high]."""
-    is_number = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
-    if not (is_number and math.isfinite(value) and low <= value <= high):
-        raise ValueError(f"{name} is {value!r}: expected a {'whole ' if whole else ''}number "
-                         + (f"of at least {low}" if high == math.inf else f"from {low} to {high}"))

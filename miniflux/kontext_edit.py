@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from .adapters.ip_adapter import IPImage, IPScale, read_ip_images
+from .checks import check_number, check_switch
 from .flux import Flux
 from .generate import paint
 from .images import (
     MAX_SIDE,
     Picture,
     Pictures,
-    check_number,
     check_side,
     fit,
     floor_side,
@@ -29,7 +29,7 @@ from .images import (
 from .latents import encode
 from .prompt import Text
 from .sampling import OnFinish, OnStep, image_ids, patchify
-from .settings import resolve
+from .settings import check_model, resolve
 
 # Width x height of about a megapixel: what Kontext was trained on.
 PREFERRED = ((672, 1568), (688, 1504), (720, 1456), (752, 1392), (800, 1328), (832, 1248), (880, 1184), (944, 1104), (1024, 1024),
@@ -64,8 +64,9 @@ def kontext_edit(flux: Flux, prompt: Text, image: Picture | list[Picture], *, au
 
 def seen_size(flux: Flux, size: tuple[int, int], auto_resize: bool) -> tuple[int, int]:
     """The (width, height) at which a model looks at a picture of that size; for a small model all shapes are smaller."""
+    check_model(flux)
     width, height = floor_side(size[0]), floor_side(size[1])
-    if not auto_resize:
+    if not check_switch("auto_resize", auto_resize):
         return width, height
     # Note: the nearest shape to the rounded size, as diffusers has it, not to the picture's own.
     _, width, height = min((abs(width / height - w / h), w, h) for w, h in PREFERRED)
@@ -74,14 +75,12 @@ def seen_size(flux: Flux, size: tuple[int, int], auto_resize: bool) -> tuple[int
 
 def painted_size(seen: tuple[int, int], width: int | None, height: int | None, max_area: int | None = None) -> tuple[int, int]:
     """The size to paint: as asked for, else as seen; scaled to max_area pixels if that is given."""
-    for name, side in (("width", width), ("height", height)):
-        if side is not None:
-            check_side(name, side)
+    width = None if width is None else check_side("width", width)
+    height = None if height is None else check_side("height", height)
     size = seen if width is None and height is None else natural_size(seen, 0, width, height)
     if max_area is None:
         return size
-    check_number("max_area", max_area, 16 * 16, MAX_SIDE ** 2, whole=True)
-    return natural_size(size, max_area)
+    return natural_size(size, check_number("max_area", max_area, 16 * 16, MAX_SIDE ** 2, whole=True))
 
 
 def reference(z: Tensor) -> tuple[Tensor, Tensor]:

@@ -26,7 +26,12 @@ def encode(flux: Flux, pictures: Tensor) -> Tensor:
 @torch.no_grad()
 def decode(flux: Flux, z: Tensor) -> Tensor:
     """Latents (n, 16, h, w) -> pictures (n, 3, 8h, 8w) in [0, 1], float32."""
-    if flux.autoencoder is None:
-        raise ValueError('this model was loaded without an autoencoder: ask for output="latents", or add vae/ to its folder')
+    check_autoencoder(flux)
     pictures = flux.autoencoder.decode(z.to(next(flux.autoencoder.parameters()))).float()
     return (pictures / 2 + 0.5).clamp(0, 1)
+
+
+def check_autoencoder(flux: Flux) -> None:
+    """Raises ValueError for a model without an autoencoder, which has to decode the latents."""
+    if flux.autoencoder is None:
+        raise ValueError('this model was loaded without an autoencoder: ask for output="latents", or add vae/ to its folder')

@@ -44,7 +44,7 @@ def mask_from_alpha(image: Image.Image | str | os.PathLike) -> Image.Image:
 def blur_mask(mask: Picture, radius: float = 12) -> Image.Image:
     """The mask, grey, with a Gaussian edge of so many pixels. Tasks cut masks at one half, so this rounds corners and closes
     gaps; and it softens the seam where a region is pasted back."""
-    check_number("the blur's radius", radius, 0, 1000)
+    radius = check_number("the blur's radius", radius, 0, 1000)
     return as_pil(read_picture(mask, "mask", "black")).convert("L").filter(ImageFilter.GaussianBlur(radius))
 
 
@@ -54,11 +54,11 @@ def expand_canvas(image: Picture, left: int = 0, top: int = 0, right: int = 0, b
 
     The margins are in pixels; `overlap` pixels of the picture's edge beside a margin are repainted too, to hide the seam."""
     picture = as_pil(read_picture(image))
-    margins = left, top, right, bottom
-    for name, value in zip(("left", "top", "right", "bottom", "overlap"), (*margins, overlap)):
-        check_number(name, value, 0, MAX_SIDE, whole=True)
+    given = {"left": left, "top": top, "right": right, "bottom": bottom, "overlap": overlap}
+    *margins, overlap = (check_number(name, value, 0, MAX_SIDE, whole=True) for name, value in given.items())
+    left, top, right, bottom = margins
     if not any(margins) or 2 * overlap >= min(picture.size):
-        raise ValueError(f"the margins are {margins}, the overlap {overlap} of {picture.width} x {picture.height} pixels: expected "
+        raise ValueError(f"the margins are {tuple(margins)}, the overlap {overlap} of {picture.width} x {picture.height} pixels: expected "
                          "a margin above 0 and an overlap below half the picture")
     size = picture.width + left + right, picture.height + top + bottom
     canvas, mask = Image.new("RGB", size, (127, 127, 127)), Image.new("L", size, 255)
@@ -161,7 +161,7 @@ def around_mask(pictures: list[Pixels], masks: list[Image.Image], width: int, he
                 ) -> tuple[Callable[[Pixels], Image.Image], Callable[[Tensor], Tensor]]:
     """The region around the mask, `padding` pixels wider: (what cuts it out of a picture of the same scene and enlarges it to
     width x height, what puts back there what was painted). Raises ValueError for more than one picture, and for an empty mask."""
-    check_number("mask_padding", padding, 0, MAX_SIDE, whole=True)
+    padding = check_number("mask_padding", padding, 0, MAX_SIDE, whole=True)
     if len(pictures) > 1:
         raise ValueError(f"mask_padding works on one picture, got {len(pictures)}: call once for each")
     picture, mask = as_pil(pictures[0]), masks[0].resize(size_of(pictures[0]), LANCZOS)

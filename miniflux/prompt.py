@@ -4,7 +4,9 @@
     vec (B, vec_in_dim)           one vector a prompt, from CLIP: joins the time embedding
 """
 
+import logging
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +15,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .checkpoints.formats import read_safetensors
+from .checks import quote, to_number
 from .flux import Flux
+
+log = logging.getLogger("miniflux")
 
 
 @dataclass(frozen=True)
@@ -56,34 +61,74 @@ class Prompt:
 Text = str | list[str] | Prompt
 
 
+def check_prompt(name: str, prompt: Text) -> None:
+    """Raises ValueError for what is no prompt."""
+    is_list = isinstance(prompt, (list, tuple)) and prompt and all(isinstance(text, str) for text in prompt)
+    if not is_list and not isinstance(prompt, (str, Prompt)):
+        raise ValueError(f"{name} must be a string, a list of strings or a Prompt, got {type(prompt).__name__} {quote(prompt)}")
+
+
 @torch.no_grad()
 def encode_prompt(flux: Flux, prompt: Text, max_text_tokens: int | None = None) -> Prompt:
     """Encode one prompt or several, padded to `max_text_tokens` T5 tokens (by default as many as the model was made for).
 
-    Longer prompts are cut. Raises ValueError for a prompt that is not text, or for more tokens than the model can read."""
+    Longer prompts are cut, with a warning in the log. Raises ValueError for a prompt that is not text, or for more tokens than the model can read."""
     length = text_length(flux, max_text_tokens)
     if isinstance(prompt, Prompt):
         return move(prompt, flux)
-    texts = [prompt] if isinstance(prompt, str) else prompt
-    if not isinstance(texts, (list, tuple)) or not texts or not all(isinstance(text, str) for text in texts):
-        raise ValueError(f"the prompt must be a string, a list of strings or a Prompt, got {type(prompt).__name__} {prompt!r:.60}")
+    check_prompt("the prompt", prompt)
+    texts = [prompt] if isinstance(prompt, str) else list(prompt)
     if None in (flux.clip_tokenizer, flux.t5_tokenizer, flux.clip, flux.t5):
         raise ValueError("this model was loaded without its text encoders: pass an encoded Prompt, or add text_encoder/, "
                          "text_encoder_2/, tokenizer/ and tokenizer_2/ to its folder")
+    for text in dict.fromkeys(texts):
+        warn_of_cut(flux, text, length)
     device = flux.t5.shared.weight.device
     # Note: padding is part of the text stream: T5 and the transformer attend to it.
-    txt = flux.t5(flux.t5_tokenizer(list(texts), length).to(device))            # (B, L, context_in_dim)
-    vec = flux.clip(flux.clip_tokenizer(list(texts)).to(device))                # (B, vec_in_dim)
+    txt = flux.t5(flux.t5_tokenizer(texts, length).to(device))                  # (B, L, context_in_dim)
+    vec = flux.clip(flux.clip_tokenizer(texts).to(device))                      # (B, vec_in_dim)
     return move(Prompt(txt, vec), flux)
 
 
 def text_length(flux: Flux, max_text_tokens: int | None) -> int:
     """The number of T5 tokens to pad to: as asked for, else as many as the model was made for."""
     limit = flux.config.max_text_tokens
-    length = limit if max_text_tokens is None else max_text_tokens
-    if type(length) is not int or not 1 <= length <= limit:
-        raise ValueError(f"max_text_tokens is {length!r}: this model reads 1 to {limit} tokens")
+    length = limit if max_text_tokens is None else to_number(max_text_tokens, whole=True)
+    if length is None or not 1 <= length <= limit:
+        raise ValueError(f"max_text_tokens is {quote(max_text_tokens)}: this model reads 1 to {limit} tokens")
     return length
+
+
+def warn_of_cut(flux: Flux, text: str, length: int) -> None:
+    """Logs what the text encoders will not read of a text, if it is too long for them."""
+    lost = cut_off(text, flux.t5_tokenizer.encode, length - 1)                  # one token marks the end
+    if lost:
+        log.warning("the prompt is longer than the %d tokens that this model reads: cut off is %r", length, shorten(lost))
+        return
+    room = flux.clip_tokenizer.max_length - 2                                   # two mark the start and the end
+    lost = cut_off(text, flux.clip_tokenizer.encode, room)
+    if lost:
+        log.info("CLIP, which sums the prompt up in one vector, reads only %d tokens of it, without %r; T5 reads all of it",
+                 room, shorten(lost))
+
+
+def cut_off(text: str, encode: Callable[[str], list[int]], room: int) -> str:
+    """The end of a text that does not fit into so many tokens; "" if all of it fits."""
+    if len(encode(text)) <= room:
+        return ""
+    # The most characters that fit, by bisection: more of them need no fewer tokens.
+    fit, too_many = 0, len(text)
+    while too_many - fit > 1:
+        middle = (fit + too_many) // 2
+        if len(encode(text[:middle])) <= room:
+            fit = middle
+        else:
+            too_many = middle
+    return text[fit:].strip()
+
+
+def shorten(text: str, limit: int = 100) -> str:
+    return text if len(text) <= limit else f"{text[:limit // 2]} ... {text[-limit // 2:]}"
 
 
 def move(prompt: Prompt, flux: Flux) -> Prompt:

@@ -11,12 +11,13 @@ from collections.abc import Sequence
 
 import torch
 
+from .checks import check_number, to_number
 from .flux import Flux
 from .generate import paint
-from .images import BICUBIC, Picture, Pictures, check_number, fit, read_each
+from .images import BICUBIC, Picture, Pictures, fit, read_each
 from .prompt import Prompt, Text, encode_prompt, move, text_length
 from .sampling import OnFinish, OnStep
-from .settings import resolve
+from .settings import check_model, resolve
 
 
 @torch.no_grad()
@@ -47,6 +48,7 @@ def redux_prompt(flux: Flux, image: Picture | list[Picture], *, prompt: str | Pr
     pooled_scales: the same for vec (default: as scales).
 
     Raises ValueError or FileNotFoundError for what is no picture, or a model without Redux."""
+    check_model(flux)
     if flux.siglip is None or flux.redux is None:
         raise ValueError(f'the model {flux.config.name} has no Redux: load("redux"), or add it with add_redux(flux, source)')
     pictures = read_each(image, "image")
@@ -70,12 +72,10 @@ def no_text(flux: Flux, max_text_tokens: int | None) -> Prompt:
 
 def weights(name: str, values: float | Sequence[float], count: int) -> torch.Tensor:
     """One number for each picture: (count,)."""
-    values = [values] * count if isinstance(values, (int, float)) else list(values)
+    values = [values] * count if to_number(values) is not None else list(values)
     if len(values) != count:
         raise ValueError(f"there are {len(values)} {name} for {count} pictures: give one number, or one for each")
-    for value in values:
-        check_number(f"each of the {name}", value, -100, 100)
-    return torch.tensor(values, dtype=torch.float32)
+    return torch.tensor([check_number(f"each of the {name}", value, -100, 100) for value in values], dtype=torch.float32)
 
 
 def main() -> None:

@@ -12,7 +12,9 @@ another start, never another loop. Rectified flow: Liu et al. 2022
 """
 
 import math
+import sys
 from collections.abc import Callable, Iterable, Sequence
+from operator import index
 
 import torch
 from torch import Tensor
@@ -30,8 +32,14 @@ def noise(seeds: Iterable[int], height: int, width: int, channels: int = 16, dty
     """One latent picture of standard normal noise a seed: (B, channels, height, width), sizes in latent pixels.
 
     Drawn on the CPU, one generator a picture, so that a seed gives the same picture on every device and in every batch."""
-    return torch.cat([torch.randn((1, channels, height, width), generator=torch.Generator("cpu").manual_seed(seed), dtype=dtype)
-                      for seed in seeds])
+    shape = (1, channels, height, width)
+    generators = [torch.Generator("cpu").manual_seed(index(seed)) for seed in seeds]
+    return torch.cat([torch.randn(shape, generator=generator, dtype=dtype) for generator in generators])
+
+
+def seeds_from(seed: int, count: int) -> list[int]:
+    """The seed of each of `count` pictures: seed, seed + 1, ...; after 2^64 - 1, the last that PyTorch takes, comes 0."""
+    return [(seed + i) % 2**64 for i in range(count)]
 
 
 def patchify(z: Tensor) -> Tensor:
@@ -204,11 +212,21 @@ def euler(velocity: Velocity, x: Tensor, ts: Sequence[float], on_step: OnStep | 
     `progress` shows a bar on stderr, if that is a terminal."""
     x = x.float()
     steps = list(zip(ts, ts[1:]))
-    for step, (t, t_next) in enumerate(tqdm(steps, disable=None if progress else True, leave=False)):
+    for step, (t, t_next) in enumerate(tqdm(steps, disable=not (progress and is_terminal(sys.stderr)), leave=False)):
         if on_step is not None:
             on_step(step, t, x)
         x = x + (t_next - t) * velocity(x, t).float()
     return x
+
+
+def is_terminal(stream) -> bool:
+    """Whether a bar can be shown there.
+
+    Note: windowed programs have no stderr (None), and others close it."""
+    try:
+        return stream.isatty()
+    except (AttributeError, ValueError):
+        return False
 
 
 # ------------------------------------------------------------------------------------ training

@@ -6,9 +6,11 @@ The numbers are those of the reference implementations: diffusers' `__call__` of
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from .checks import check_function, check_number, check_switch, quote
 from .flux import Flux
-from .images import OUTPUTS, check_number, check_side, natural_size, round_size
-from .prompt import Text
+from .images import OUTPUTS, check_side, natural_size, round_size
+from .latents import check_autoencoder
+from .prompt import Text, check_prompt
 from .sampling import OnFinish, OnStep
 
 
@@ -34,6 +36,7 @@ DEFAULTS = {
 }
 DISTILLED_STEPS = 4        # of a model that was distilled to need few (schnell)
 MAX_STEPS = 1000
+MAX_SEED = 2**64 - 1       # as far as PyTorch's generators go
 
 
 @dataclass(frozen=True)
@@ -65,41 +68,59 @@ def resolve(task: str, flux: Flux, width: int | None, height: int | None, steps:
 
     like: the (width, height) of a picture whose shape the result has by default; without, it is a square of the model's size.
     Raises ValueError for a value out of range, and for a model that is not made for the task."""
+    check_model(flux)
     config, defaults = flux.mmdit.config, DEFAULTS[task]
     if config.in_channels != defaults.inputs * config.out_channels:
         need = defaults.inputs * config.out_channels
         raise ValueError(f"{task.split()[0]} needs a transformer with {need} input channels, as that of the model {defaults.models}; "
                          f"that of {flux.config.name} has {config.in_channels}")
     if sigmas is not None:
-        if not isinstance(sigmas, Sequence) or isinstance(sigmas, str) or not 1 <= len(sigmas) <= MAX_STEPS:
-            raise ValueError(f"sigmas are {sigmas!r:.60}: expected 1 to {MAX_STEPS} falling numbers in (0, 1]")
-        for sigma in sigmas:
-            check_number("each of the sigmas", sigma, 0, 1)
-        if any(a <= b for a, b in zip(sigmas, [*sigmas[1:], 0])):
-            raise ValueError(f"sigmas are {list(sigmas)!r:.60}: expected falling numbers in (0, 1]")
+        sigmas = read_sigmas(sigmas)
         if steps not in (None, len(sigmas)):
-            raise ValueError(f"steps is {steps!r}, but there are {len(sigmas)} sigmas: give one of them")
+            raise ValueError(f"steps is {quote(steps)}, but there are {len(sigmas)} sigmas: give one of them")
         steps = len(sigmas)
     if steps is None:
         steps = DISTILLED_STEPS if flux.config.few_steps else defaults.steps
-    check_number("steps", steps, 1, MAX_STEPS, whole=True)
-    if guidance is None:
-        guidance = defaults.guidance
-    check_number("guidance", guidance, 0, 1000)
-    check_number("num_images", num_images, 1, 1000, whole=True)
-    check_number("seed", seed, 0, 2**63 - 1_000_000, whole=True)
-    check_number("true_cfg", true_cfg, 0, 1000)
-    check_number("strength", strength, 0.001, 1)
-    if output not in OUTPUTS:
-        raise ValueError(f"output is {output!r}: expected one of {', '.join(OUTPUTS)}")
+    steps = check_number("steps", steps, 1, MAX_STEPS, whole=True)
+    guidance = check_number("guidance", defaults.guidance if guidance is None else guidance, 0, 1000)
+    num_images = check_number("num_images", num_images, 1, 1000, whole=True)
+    seed = check_number("seed", seed, 0, MAX_SEED, whole=True)
+    true_cfg = check_number("true_cfg", true_cfg, 0, 1000)
+    strength = check_number("strength", strength, 0.001, 1)
+    progress = check_switch("progress", progress)
+    check_function("on_step", on_step)
+    check_function("on_finish", on_finish)
+    if negative_prompt is not None:
+        check_prompt("the negative prompt", negative_prompt)
+    if not isinstance(output, str) or output not in OUTPUTS:
+        raise ValueError(f"output is {quote(output)}: expected one of {', '.join(OUTPUTS)}")
     if output == "latents" and on_finish is not None:
         raise ValueError('on_finish looks at pictures, and output="latents" asks for none: leave one of them out')
-    for name, side in (("width", width), ("height", height)):
-        if side is not None:
-            check_side(name, side)
+    if output != "latents":
+        # Note: checked before the first step, or the finished latents would be thrown away.
+        check_autoencoder(flux)
+    width = None if width is None else check_side("width", width)
+    height = None if height is None else check_side("height", height)
     size = flux.config.size
     if like is not None:
         width, height = natural_size(like, size ** 2, width, height)
     width, height = round_size(size if width is None else width, size if height is None else height)
     return Call(width, height, steps, guidance, seed, num_images, negative_prompt, true_cfg,
                 sigmas, max_text_tokens, output, progress, on_step, on_finish, strength)
+
+
+def read_sigmas(sigmas: Sequence[float]) -> list[float]:
+    """Falling times in (0, 1], from a list, an array or a tensor of them."""
+    is_array = len(getattr(sigmas, "shape", ())) == 1
+    if not (is_array or isinstance(sigmas, Sequence) and not isinstance(sigmas, (str, bytes))) or not 1 <= len(sigmas) <= MAX_STEPS:
+        raise ValueError(f"sigmas are {quote(sigmas)}: expected 1 to {MAX_STEPS} falling numbers in (0, 1]")
+    times = [check_number("each of the sigmas", sigma, 0, 1) for sigma in sigmas]
+    if any(a <= b for a, b in zip(times, [*times[1:], 0])):
+        raise ValueError(f"sigmas are {quote(sigmas)}: expected falling numbers in (0, 1]")
+    return times
+
+
+def check_model(flux: Flux) -> None:
+    """Raises ValueError if the first argument of a task is no model."""
+    if not isinstance(flux, Flux):
+        raise ValueError(f"the first argument is a {type(flux).__name__}, {quote(flux)}: expected a model, such as load() returns")

@@ -1,9 +1,12 @@
 """`generate` without the references: outputs, seeds, keywords, mistakes. Oracle: by hand; parity is in tests/parity."""
 
 import importlib
+import io
 import subprocess
 import sys
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -11,6 +14,7 @@ from PIL import Image
 import miniflux
 from miniflux import encode_prompt, generate, load
 from miniflux.latents import decode, encode
+from miniflux.sampling import noise
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +78,16 @@ def test_defaults_depend_on_whether_the_model_has_a_guidance_embedding(flux):
     (dict(guidance=float("nan")), "guidance is nan: expected a number"),
     (dict(guidance="strong"), "guidance is 'strong'"),
     (dict(seed=-1), "seed is -1"),
-    (dict(seed=2**63), "seed is 9223372036854775808"),
+    (dict(seed=2**64), "seed is 18446744073709551616"),
+    (dict(seed=np.arange(30)), "seed is array"),
+    (dict(steps=np.bool_(True)), "steps is np.True_"),
+    (dict(on_step=3), "on_step is 3: expected a function"),
+    (dict(on_finish="save"), "on_finish is 'save': expected a function"),
+    (dict(progress="no"), "progress is 'no': expected True or False"),
+    (dict(negative_prompt=3), "the negative prompt must be a string"),
+    (dict(sigmas="fast"), "sigmas are 'fast'"),
+    (dict(sigmas=[[1.0]]), r"each of the sigmas is \[1.0\]"),
+    (dict(output=np.zeros(3)), "output is array"),
     (dict(num_images=0), "num_images is 0"),
     (dict(true_cfg=None), "true_cfg is None"),
     (dict(sigmas=[]), "sigmas are \\[\\]"),
@@ -86,8 +99,70 @@ def test_defaults_depend_on_whether_the_model_has_a_guidance_embedding(flux):
     (dict(max_text_tokens=4096), "max_text_tokens is 4096"),
 ])
 def test_a_value_out_of_range_gets_one_sentence(flux, keywords, sentence):
-    with pytest.raises(ValueError, match=sentence):
-        generate(flux, "a", **(SMALL | {"steps": None} | keywords))
+    with pytest.raises(ValueError, match=sentence) as caught:
+        generate(flux, "a", **(SMALL | {"steps": None} | {"on_step": fail} | keywords))
+    assert "\n" not in str(caught.value)
+
+
+def fail(*_) -> None:
+    pytest.fail("the first step was begun")
+
+
+def test_a_model_without_an_autoencoder_is_refused_before_the_first_step(flux):
+    without = replace(flux, autoencoder=None)
+    for output in ("pil", "tensor"):
+        with pytest.raises(ValueError, match="without an autoencoder"):
+            generate(without, "a", output=output, on_step=fail, **SMALL)
+    assert generate(without, "a", output="latents", **SMALL).shape == (1, 16, 6, 4)
+
+
+@pytest.mark.parametrize("first, second", [("tiny", "a fox"), ("a fox", None), (None, "a fox")])
+def test_a_first_argument_that_is_no_model_gets_one_sentence(flux, first, second):
+    with pytest.raises(ValueError, match=r"the first argument is a .*: expected a model, such as load\(\) returns"):
+        generate(first, second or flux)
+
+
+def test_numbers_of_numpy_and_torch_are_numbers(flux):
+    """Oracle: the same call with Python's numbers."""
+    expected = generate(flux, "a", width=32, height=48, steps=2, seed=3, guidance=2.5, max_text_tokens=8, output="tensor")
+    for whole, real in ((np.int64, np.float32), (np.uint8, np.float64), (np.array, np.array), (torch.tensor, torch.tensor)):
+        found = generate(flux, "a", width=whole(32), height=whole(48), steps=whole(2), seed=whole(3), guidance=real(2.5),
+                         num_images=whole(1), max_text_tokens=whole(8), true_cfg=real(1.0), output="tensor", progress=np.bool_(False))
+        assert torch.equal(found, expected), whole
+    sigmas = [1.0, 0.5, 0.25]
+    expected = generate(flux, "a", **(SMALL | dict(steps=None)), sigmas=sigmas, output="tensor")
+    for given in (tuple(sigmas), np.array(sigmas), np.array(sigmas, np.float32), torch.tensor(sigmas)):
+        assert torch.equal(generate(flux, "a", **(SMALL | dict(steps=None)), sigmas=given, output="tensor"), expected)
+
+
+def test_seeds_go_as_far_as_pytorchs_and_then_begin_again(flux):
+    """Oracle: `torch.randn` with the same generator."""
+    for seed in (0, 2**63 - 1, 2**63, 2**64 - 1):
+        expected = torch.randn(1, 16, 4, 4, generator=torch.Generator("cpu").manual_seed(seed))
+        assert torch.equal(noise([seed], 4, 4), expected)
+    pictures = generate(flux, "a", seed=2**64 - 1, num_images=2, **SMALL)
+    assert [picture.info["seed"] for picture in pictures] == [2**64 - 1, 0]
+    both = generate(flux, "a", seed=2**64 - 1, num_images=2, output="tensor", **SMALL)
+    assert torch.allclose(both[1:], generate(flux, "a", seed=0, output="tensor", **SMALL), atol=1e-5)
+
+
+def test_what_on_finish_returns_by_mistake_does_not_cost_the_pictures(flux, caplog):
+    expected = generate(flux, "a", output="tensor", **SMALL)
+    assert torch.equal(generate(flux, "a", output="tensor", on_finish=lambda pictures: None, **SMALL), expected)
+    assert not caplog.records
+    for mistake in (3, [expected], expected[0], expected.permute(0, 2, 3, 1)):
+        assert torch.equal(generate(flux, "a", output="tensor", on_finish=lambda pictures: mistake, **SMALL), expected)
+    assert len(caplog.records) == 4 and "on_finish returned a int, expected pictures" in caplog.records[0].message
+
+
+@pytest.mark.parametrize("stderr", [None, "closed"])
+def test_without_stderr_there_is_no_bar(flux, monkeypatch, stderr):
+    """As in a windowed program, or after 2>&-."""
+    if stderr == "closed":
+        stderr = io.StringIO()
+        stderr.close()
+    monkeypatch.setattr("sys.stderr", stderr)
+    assert len(generate(flux, "a", progress=True, **SMALL)) == 1
 
 
 def test_rounding_a_size_is_said_once(flux, caplog):

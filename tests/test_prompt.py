@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from miniflux import Prompt, encode_prompt, generate, load
-from miniflux.prompt import match, repeat
+from miniflux.prompt import cut_off, match, repeat
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +59,31 @@ def test_more_text_tokens_than_the_model_reads_are_refused(flux, tokens):
 def test_a_prompt_of_another_model_is_refused(flux):
     with pytest.raises(ValueError, match="widths 5 and 7, this model needs 32 and 24"):
         encode_prompt(flux, Prompt(torch.zeros(1, 4, 5), torch.zeros(1, 7)))
+
+
+def test_a_prompt_that_is_cut_is_said_once_with_what_was_cut(flux, caplog):
+    """Oracle: the tokenizer: what is left fits, and one character more does not."""
+    text = "a red apple " * 20 + "in the rain"
+    encode_prompt(flux, [text, text, "short"], 16)
+    record, = caplog.records
+    assert record.levelname == "WARNING" and "longer than the 16 tokens" in record.message and record.message.endswith("in the rain'")
+    lost = cut_off(text, flux.t5_tokenizer.encode, 15)
+    kept = text.removesuffix(lost)
+    assert kept + lost == text and len(flux.t5_tokenizer.encode(kept.rstrip())) <= 15 < len(flux.t5_tokenizer.encode(kept + lost[0]))
+    assert torch.equal(encode_prompt(flux, text, 16).txt, encode_prompt(flux, text + " or at night", 16).txt)
+
+
+def test_a_prompt_that_only_clip_cuts_is_a_note(flux, caplog):
+    caplog.set_level("INFO")
+    encode_prompt(flux, "apple " * 100 + "owl", 256)
+    record, = caplog.records
+    assert record.levelname == "INFO" and "CLIP" in record.message and "T5 reads all of it" in record.message
+
+
+def test_a_prompt_that_fits_is_no_news(flux, caplog):
+    caplog.set_level("INFO")
+    encode_prompt(flux, "a red apple", 16)
+    assert not caplog.records
 
 
 # --------------------------------------------------------------------------------------------------------- kept on disk

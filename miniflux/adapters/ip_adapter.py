@@ -23,8 +23,9 @@ from ..checkpoints.formats import read_safetensors
 from ..checkpoints.hub import find_file, find_network
 from ..checkpoints.layouts import CLIP_VISION, load_clip_vision
 from ..checkpoints.names import count
+from ..checks import check_number, quote, to_number
 from ..flux import Flux
-from ..images import BICUBIC, CLIP_COLOURS, Picture, Pixels, as_pil, check_number, fit, read_each, standardise
+from ..images import BICUBIC, CLIP_COLOURS, Picture, Pixels, as_pil, fit, read_each, standardise
 from ..networks.mmdit import KeysValues
 
 # Names in XLabs' files and in those that diffusers reads besides -> ours.
@@ -158,19 +159,25 @@ def read_images(flux: Flux, given: IPImage, what: str) -> list[list[Pixels]]:
 def read_scales(flux: Flux, scale: IPScale) -> list[list[float]]:
     """For each adapter its scale in each double block."""
     adapters, depth = len(flux.ip_adapters), flux.mmdit.config.depth
-    if isinstance(scale, (int, float)):
+    if hasattr(scale, "tolist"):                            # numbers of NumPy or PyTorch
+        scale = scale.tolist()
+    if to_number(scale) is not None:
         scale = [scale] * adapters
-    elif adapters == 1 and isinstance(scale, (list, tuple)) and len(scale) == depth and all(isinstance(s, (int, float)) for s in scale):
+    elif adapters == 1 and isinstance(scale, (list, tuple)) and len(scale) == depth and all(to_number(s) is not None for s in scale):
         scale = [scale]
     if not isinstance(scale, (list, tuple)) or len(scale) != adapters:
-        raise ValueError(f"ip_scale is {scale!r:.60}: expected a number, one for each of {adapters} IP-Adapters, or for each of them "
+        raise ValueError(f"ip_scale is {quote(scale)}: expected a number, one for each of {adapters} IP-Adapters, or for each of them "
                          f"a list of one for each of {depth} double blocks")
-    scales = [[one] * depth if isinstance(one, (int, float)) else list(one) for one in scale]
-    for one in scales:
-        if len(one) != depth:
-            raise ValueError(f"ip_scale has {len(one)} numbers for an IP-Adapter, this model has {depth} double blocks: give one for each")
-        for number in one:
-            check_number("ip_scale", number, -100, 100)
+    scales = []
+    for one in scale:
+        factors = [one] * depth if to_number(one) is not None else one
+        if not hasattr(factors, "__len__") or isinstance(factors, str):
+            raise ValueError(f"ip_scale has {quote(one)} for an IP-Adapter: expected a number, or a list of one for each of {depth} "
+                             "double blocks")
+        if len(factors) != depth:
+            raise ValueError(f"ip_scale has {len(factors)} numbers for an IP-Adapter, this model has {depth} double blocks: give one for "
+                             "each")
+        scales.append([check_number("ip_scale", factor, -100, 100) for factor in factors])
     return scales
 
 

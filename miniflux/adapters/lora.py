@@ -64,7 +64,7 @@ def add_lora(flux: Flux, path: str | Path, scale: float = 1.0, name: str | None 
 
     Raises FileNotFoundError for what is not there; ValueError for a file that is damaged, of another model, or not understood, and
     for a name that is used twice. The given model stays as it is."""
-    check_number("scale", scale, -100, 100)
+    scale = check_number("scale", scale, -100, 100)
     loras = flux.loras or LoRAs({part: getattr(flux, part) for part in NETWORKS}, ())
     name = Path(path).name.removesuffix(".safetensors") if name is None else name
     if not isinstance(name, str) or name in (lora.name for lora in loras.added):

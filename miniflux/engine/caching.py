@@ -45,9 +45,8 @@ def cache(flux: Flux, method: str = "first_block", *, threshold: float | None = 
     settings = METHODS[method] | {name: value for name, value in given.items() if value is not None}
     if unknown := settings.keys() - METHODS[method].keys():
         raise ValueError(f"the cache {method!r} has no {min(unknown)}: expected {', '.join(METHODS[method])}")
-    for name, value in settings.items():
-        check_number(name, value, *{"threshold": (0, 10), "interval": (1, 1000), "warmup": (1, 1000), "order": (0, 10)}[name],
-                     whole=name != "threshold")
+    limits = {"threshold": (0, 10), "interval": (1, 1000), "warmup": (1, 1000), "order": (0, 10)}
+    settings = {name: check_number(name, value, *limits[name], whole=name != "threshold") for name, value in settings.items()}
     for feature in ("cached", "distributed"):
         if hasattr(flux.mmdit, feature):
             raise ValueError(f"this model is {feature} already: cache the model as it was before")
