@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from .flux import Flux
 from .networks.attention import attention_through, norm_rope
-from .networks.mmdit import MMDiT
+from .networks.mmdit import MMDiT, ModulationOut
 
 BLOCKS = "double_blocks", "single_blocks"
 MODULATION = "img_mod", "txt_mod", "modulation"
@@ -78,8 +78,9 @@ def watch(mmdit: MMDiT, blocks: Collection[str] | None = None) -> Iterator[list[
         return hook
 
     def keep_modulation(name: str) -> Callable:
-        def hook(layer: nn.Module, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-            current[0].modulation[name] = tuple(output)
+        def hook(layer: nn.Module, inputs: tuple, output: tuple[ModulationOut, ...]) -> None:
+            vectors = [vector for sublayer in output for vector in sublayer]
+            current[0].modulation[name] = tuple(vectors)
         return hook
 
     def end(block: nn.Module, inputs: tuple, output: Tensor | tuple[Tensor, Tensor]) -> None:

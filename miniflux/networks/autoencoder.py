@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import chunked
-from .mmdit import clamp_fp16
+from .layers import clamp_fp16
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
-"""What the transformer does between its attentions: the linear layer, the activation and the norm, each in PyTorch's operations.
+"""Small parts that networks share: the linear layer, the activation, the guard of float16.
 
-What a small network does with its few rows on the CPU goes to compiled kernels of the same names (csrc/cpu/layers.cpp): in the
-tiny model they take two thirds of PyTorch's time."""
+On the CPU, the few rows of a small network go to compiled kernels of the same names
+(csrc/cpu/layers.cpp): in the tiny model they take two thirds of PyTorch's time."""
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = self.weight, self.bias
         if native.takes_linear(x, weight, bias):
-            return native.linear(x, weight, bias)                               # (..., out_features)
+            return native.linear(x, weight, bias)                           # (..., out_features)
         return F.linear(x, weight, bias)
 
 
@@ -30,9 +30,6 @@ class TanhGELU(nn.Module):
         return tanh_gelu(x)
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """(1 + scale) · LayerNorm(x) + shift; x (B, S, hidden), shift and scale (B, 1, hidden)."""
-    if shift.shape == scale.shape == (len(x), 1, x.shape[-1]) and native.takes(x, shift, scale):
-        return native.modulate(x, shift, scale)
-    # LayerNorm without weights: in this network the conditioning vector supplies scale and shift.
-    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-6), 1 + scale)
+def clamp_fp16(x: Tensor) -> Tensor:
+    """Keeps float16 finite (its largest number is 65504); other dtypes pass unchanged."""
+    return x.clamp(-65504, 65504) if x.dtype == torch.float16 else x

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from miniflux.engine import native
-from miniflux.networks.layers import Linear, TanhGELU, modulate, tanh_gelu
+from miniflux.networks.layers import Linear, TanhGELU, tanh_gelu
+from miniflux.networks.mmdit import modulate
 
 built = pytest.mark.skipif(native._cpu is None and os.environ.get("MINIFLUX_REQUIRE_NATIVE") != "1",
                            reason="miniflux._cpu is not built: there is no compiler here")

@@ -1,5 +1,5 @@
-"""The transformer against oracles by hand: parameter counts and names of the official files, and each of its parts
-written out once more in the plainest way."""
+"""The transformer against oracles by hand: parameter counts and names of the official files, and
+each of its parts written out once more in the plainest way."""
 
 import math
 
@@ -21,8 +21,8 @@ from miniflux.networks.mmdit import (
     timestep_embedding,
 )
 
-SMALL = MMDiTConfig(in_channels=8, out_channels=8, vec_in_dim=12, context_in_dim=20, hidden_size=32, num_heads=2, depth=2,
-                    depth_single_blocks=2, axes_dim=(4, 4, 8))
+SMALL = MMDiTConfig(in_channels=8, out_channels=8, vec_in_dim=12, context_in_dim=20, hidden_size=32,
+                    num_heads=2, depth=2, depth_single_blocks=2, axes_dim=(4, 4, 8))
 L, N = 3, 6
 
 
@@ -34,9 +34,14 @@ def small(**changes) -> MMDiT:
 def inputs(batch: int = 2, **changes) -> dict:
     torch.manual_seed(1)
     ids = torch.tensor([[0, row, column] for row in range(2) for column in range(3)])
-    return dict(img=torch.randn(batch, N, 8), txt=torch.randn(batch, L, 20), vec=torch.randn(batch, 12),
-                t=torch.linspace(0.2, 0.9, batch), guidance=torch.full((batch,), 3.5), img_ids=ids,
-                txt_ids=torch.zeros(L, 3, dtype=torch.int64)) | changes
+    return dict(
+        img=torch.randn(batch, N, 8),
+        txt=torch.randn(batch, L, 20),
+        pooled=torch.randn(batch, 12),
+        t=torch.linspace(0.2, 0.9, batch),
+        guidance=torch.full((batch,), 3.5),
+        img_ids=ids,
+        txt_ids=torch.zeros(L, 3, dtype=torch.int64)) | changes
 
 
 @pytest.mark.parametrize("changes, parameters, tensors", [
@@ -56,12 +61,16 @@ def test_the_tensors_are_named_as_in_the_official_file():
         return {f"{name}.{kind}" for name in names for kind in ("weight", "bias")}
 
     norms = {f"norm.{kind}_norm.scale" for kind in ("query", "key")}
-    streams = {f"{stream}_{name}" for stream in ("img", "txt")
-               for name in linear("mod.lin", "attn.qkv", "attn.proj", "mlp.0", "mlp.2") | {"attn." + norm for norm in norms}}
-    embedders = [f"{name}_in.{layer}_layer" for name in ("time", "vector", "guidance") for layer in ("in", "out")]
-    expected = linear("img_in", "txt_in", *embedders, "final_layer.linear", "final_layer.adaLN_modulation.1")
-    expected |= {f"double_blocks.{i}.{name}" for i in range(2) for name in streams}
-    expected |= {f"single_blocks.{i}.{name}" for i in range(2) for name in linear("linear1", "linear2", "modulation.lin") | norms}
+    stream = linear("mod.lin", "attn.qkv", "attn.proj", "mlp.0", "mlp.2")
+    stream |= {f"attn.{norm}" for norm in norms}
+    single = linear("linear1", "linear2", "modulation.lin") | norms
+    expected = linear("img_in", "txt_in", "final_layer.linear", "final_layer.adaLN_modulation.1")
+    for name in ("time_in", "vector_in", "guidance_in"):
+        expected |= linear(f"{name}.in_layer", f"{name}.out_layer")
+    for i in range(2):
+        expected |= {f"double_blocks.{i}.img_{name}" for name in stream}
+        expected |= {f"double_blocks.{i}.txt_{name}" for name in stream}
+        expected |= {f"single_blocks.{i}.{name}" for name in single}
     assert set(small().state_dict()) == expected
 
 
@@ -70,11 +79,12 @@ def test_axes_that_do_not_fill_a_head_are_refused():
         MMDiTConfig(axes_dim=(16, 56, 48))
 
 
-# ---------------------------------------------------------------------------------------------------------- conditioning
+# ------------------------------------------------------------------------------------ conditioning
 
 
 def test_cosines_come_before_sines():
-    assert torch.equal(timestep_embedding(torch.zeros(2)), torch.cat([torch.ones(2, 128), torch.zeros(2, 128)], dim=1))
+    cosines, sines = timestep_embedding(torch.zeros(2)).split(128, dim=1)
+    assert cosines.eq(1).all() and sines.eq(0).all()
 
 
 def test_the_time_is_multiplied_by_a_thousand_and_the_frequencies_fall_to_one_ten_thousandth():
@@ -86,24 +96,31 @@ def test_the_time_is_multiplied_by_a_thousand_and_the_frequencies_fall_to_one_te
 
 
 @pytest.mark.parametrize("dtype, value, thousandfold", [
-    (torch.bfloat16, 0.90453076, 908), (torch.bfloat16, 3.5, 3504), (torch.bfloat16, 30, 29952), (torch.bfloat16, 10, 9984),
-    (torch.bfloat16, 2.5, 2496), (torch.float16, 3.5, 3500), (torch.float16, 30, 30000), (torch.float16, 2.5, 2500)])
+    (torch.bfloat16, 0.90453076, 908),
+    (torch.bfloat16, 3.5, 3504),
+    (torch.bfloat16, 30, 29952),
+    (torch.bfloat16, 10, 9984),
+    (torch.bfloat16, 2.5, 2496),
+    (torch.float16, 3.5, 3500),
+    (torch.float16, 30, 30000),
+    (torch.float16, 2.5, 2500)])
 def test_time_and_guidance_are_rounded_as_in_the_original(dtype, value, thousandfold):
     embedding = timestep_embedding(torch.tensor([value]).to(dtype))
     frequencies = 10000 ** (-torch.arange(128, dtype=torch.float64) / 128)
     exact = torch.cat([(thousandfold * frequencies).cos(), (thousandfold * frequencies).sin()])
     assert embedding.dtype == dtype
     # One rounding of the result, and the float32 error of an angle of up to 30,000.
-    torch.testing.assert_close(embedding[0].double(), exact, rtol=0, atol=torch.finfo(dtype).eps / 2 + 3e-3)
+    bound = torch.finfo(dtype).eps / 2 + 3e-3
+    torch.testing.assert_close(embedding[0].double(), exact, rtol=0, atol=bound)
 
 
 def test_time_guidance_and_prompt_are_summed():
     model, x = small(), inputs()
-    vec, t, guidance = x["vec"], x["t"], x["guidance"]
-    expected = (model.time_in(timestep_embedding(t)) + model.guidance_in(timestep_embedding(guidance)) + model.vector_in(vec))
-    torch.testing.assert_close(model.conditioning(vec, t, guidance), expected)
-    y = model.vector_in.out_layer(F.silu(model.vector_in.in_layer(vec)))
-    torch.testing.assert_close(model.vector_in(vec), y)
+    time = model.time_in(timestep_embedding(x["t"]))
+    guidance = model.guidance_in(timestep_embedding(x["guidance"]))
+    prompt = model.vector_in.out_layer(F.silu(model.vector_in.in_layer(x["pooled"])))
+    vec = model.conditioning(x["pooled"], x["t"], x["guidance"])
+    torch.testing.assert_close(vec, time + guidance + prompt)
 
 
 def test_a_missing_or_useless_guidance_is_refused():
@@ -114,7 +131,7 @@ def test_a_missing_or_useless_guidance_is_refused():
     assert small(guidance_embed=False)(**inputs(guidance=None)).shape == (2, N, 8)
 
 
-# ----------------------------------------------------------------------------------------------------------------- parts
+# ------------------------------------------------------------------------------------------- parts
 
 
 def normed(x, norm: RMSNorm):
@@ -133,16 +150,25 @@ def test_the_rows_of_a_fused_projection_are_q_then_k_then_v_each_head_by_head():
 
 
 def test_modulation_is_one_plus_scale_times_layer_norm_plus_shift():
-    x, shift, scale = torch.randn(2, 5, 32), torch.randn(2, 1, 32), torch.randn(2, 1, 32)
-    normed = (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, unbiased=False) + 1e-6).sqrt()
+    x = torch.randn(2, 5, 32)
+    shift, scale = torch.randn(2, 2, 1, 32)
+    variance = x.var(-1, keepdim=True, unbiased=False)
+    normed = (x - x.mean(-1, keepdim=True)) / (variance + 1e-6).sqrt()
     torch.testing.assert_close(modulate(x, shift, scale), (1 + scale) * normed + shift)
+
+
+def test_the_norm_of_queries_and_keys_divides_by_their_root_mean_square():
+    norm, x = RMSNorm(16), 3 * torch.randn(2, 5, 16)
+    norm.scale += torch.randn(16)
+    torch.testing.assert_close(norm(x), normed(x, norm))
 
 
 def test_the_gelu_is_the_tanh_approximation():
     block = DoubleBlock(32, 2, 64)
     for gelu in (block.img_mlp[1], block.txt_mlp[1]):
         x = torch.tensor([-2.0, 0.5, 3.0])
-        torch.testing.assert_close(gelu(x), 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))))
+        inner = math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)
+        torch.testing.assert_close(gelu(x), 0.5 * x * (1 + torch.tanh(inner)))
 
 
 def rotation(tokens: int) -> torch.Tensor:
@@ -160,18 +186,20 @@ def uneven(block: torch.nn.Module) -> torch.nn.Module:
 def test_a_double_block_written_out():
     torch.manual_seed(0)
     block = uneven(DoubleBlock(32, 2, 64))
-    img, txt, vec, pe = torch.randn(2, N, 32), torch.randn(2, L, 32), torch.randn(2, 32), rotation(L + N)
+    img, txt, vec = torch.randn(2, N, 32), torch.randn(2, L, 32), torch.randn(2, 32)
+    pe = rotation(L + N)
 
-    def chunks(mod):                                    # shift, scale, gate of the attention, then of the MLP
+    def chunks(mod):                    # shift, scale, gate of the attention, then of the MLP
         return mod.lin(F.silu(vec)).view(2, 6, 1, 32).unbind(1)
 
     def project(x, attn):
         q, k, v = attn.qkv(x).view(2, -1, 3, 2, 16).permute(2, 0, 3, 1, 4)
         return normed(q, attn.norm.query_norm), normed(k, attn.norm.key_norm), v
 
-    streams = [(txt, block.txt_mod, block.txt_attn, block.txt_mlp), (img, block.img_mod, block.img_attn, block.img_mlp)]
+    streams = [(txt, block.txt_mod, block.txt_attn, block.txt_mlp),             # text first
+               (img, block.img_mod, block.img_attn, block.img_mlp)]
     projected = [project(modulate(x, *chunks(mod)[:2]), attn) for x, mod, attn, _ in streams]
-    q, k, v = (torch.cat(parts, dim=2) for parts in zip(*projected))            # text first
+    q, k, v = (torch.cat(parts, dim=2) for parts in zip(*projected))
     both = formula(apply_rope(q, pe), apply_rope(k, pe), v).transpose(1, 2).flatten(2)
     expected = []
     for (x, mod, attn, mlp), out in zip(streams, (both[:, :L], both[:, L:])):
@@ -190,11 +218,14 @@ def test_a_single_block_written_out():
     shift, scale, gate = block.modulation.lin(F.silu(vec)).view(2, 3, 1, 32).unbind(1)
     h = modulate(x, shift, scale)
     weight, bias = block.linear1.weight, block.linear1.bias
-    q, k, v = (F.linear(h, weight[i: i + 32], bias[i: i + 32]).view(2, 7, 2, 16).transpose(1, 2) for i in (0, 32, 64))
-    q, k = (apply_rope(normed(x, norm), pe) for x, norm in ((q, block.norm.query_norm), (k, block.norm.key_norm)))
+    q, k, v = (F.linear(h, weight[i: i + 32], bias[i: i + 32]) for i in (0, 32, 64))
+    q, k, v = (x.view(2, 7, 2, 16).transpose(1, 2) for x in (q, k, v))
+    q = apply_rope(normed(q, block.norm.query_norm), pe)
+    k = apply_rope(normed(k, block.norm.key_norm), pe)
     attn = formula(q, k, v).transpose(1, 2).flatten(2)
     mlp = F.gelu(F.linear(h, weight[96:], bias[96:]), approximate="tanh")
-    y = F.linear(attn, block.linear2.weight[:, :32]) + F.linear(mlp, block.linear2.weight[:, 32:]) + block.linear2.bias
+    weight, bias = block.linear2.weight, block.linear2.bias
+    y = F.linear(attn, weight[:, :32]) + F.linear(mlp, weight[:, 32:]) + bias
     torch.testing.assert_close(block(x, vec, pe), x + gate * y, rtol=1e-5, atol=1e-5)
 
 
@@ -216,7 +247,7 @@ def test_closed_gates_leave_both_streams_untouched():
     assert torch.equal(img_out, img) and torch.equal(txt_out, txt)
 
 
-# ------------------------------------------------------------------------------------------------------------- the whole
+# --------------------------------------------------------------------------------------- the whole
 
 
 def test_text_tokens_come_before_image_tokens(monkeypatch):
@@ -230,9 +261,10 @@ def test_text_tokens_come_before_image_tokens(monkeypatch):
     monkeypatch.setattr(mmdit, "attention", spy)
     x["txt_ids"] = torch.full((L, 3), 7)                # recognisable, where FLUX has zeros
     model(**x)
-    values = model.double_blocks[0].txt_attn.project(modulate(model.txt_in(x["txt"]), *model.double_blocks[0].txt_mod(
-        model.conditioning(x["vec"], x["t"], x["guidance"]))[:2]))
-    torch.testing.assert_close(seen[0][0][:, :L, 2], values[:, :, 2])
+    block = model.double_blocks[0]
+    mod, _ = block.txt_mod(model.conditioning(x["pooled"], x["t"], x["guidance"]))
+    txt_qkv = block.txt_attn.project(modulate(model.txt_in(x["txt"]), mod.shift, mod.scale))
+    torch.testing.assert_close(seen[0][0][:, :L, 2], txt_qkv[:, :, 2])
     assert len(seen) == 4 and all(qkv.shape[1] == L + N for qkv, _ in seen)
     expected = mmdit.rope_table(torch.cat([x["txt_ids"], x["img_ids"]]), (4, 4, 8), 10000.0)
     assert all(torch.equal(pe, expected) for _, pe in seen)
@@ -246,18 +278,19 @@ def test_the_velocity_belongs_to_the_image_tokens():
 
 def test_text_tokens_have_no_order():
     model, x = small(), inputs()
-    torch.testing.assert_close(model(**x | {"txt": x["txt"].flip(1)}), model(**x), rtol=1e-4, atol=1e-5)
+    flipped = model(**x | {"txt": x["txt"].flip(1)})
+    torch.testing.assert_close(flipped, model(**x), rtol=1e-4, atol=1e-5)
 
 
 def test_a_batch_equals_its_singles():
     model, x = small(), inputs(batch=3)
     together = model(**x)
     for i in range(3):
-        alone = {name: value if "ids" in name else value[i: i + 1] for name, value in x.items()}
+        alone = {name: x[name] if "ids" in name else x[name][i: i + 1] for name in x}
         torch.testing.assert_close(model(**alone), together[i: i + 1], rtol=1e-4, atol=1e-5)
 
 
-# --------------------------------------------------------------------------------------------------------------- float16
+# ----------------------------------------------------------------------------------------- float16
 
 
 def loud(block: torch.nn.Module, *linears: torch.nn.Linear) -> torch.nn.Module:
@@ -278,7 +311,8 @@ def test_float16_text_is_clamped_after_a_double_block():
     block = DoubleBlock(32, 2, 64)
     open_gates(block.txt_mod)
     loud(block, block.txt_mlp[2])
-    txt = block(torch.randn(1, N, 32).half(), torch.randn(1, L, 32).half(), torch.randn(1, 32).half(), rotation(L + N))[1]
+    img, txt, vec = torch.randn(1, N, 32), torch.randn(1, L, 32), torch.randn(1, 32)
+    _, txt = block(img.half(), txt.half(), vec.half(), rotation(L + N))
     assert torch.equal(txt, torch.full_like(txt, 65504))
 
 
@@ -301,27 +335,29 @@ def test_residuals_are_added_to_the_image_tokens_after_each_block():
     model, given = small(), inputs()
     residuals = [torch.randn(2, N, 32), None, None, torch.randn(2, N, 32)]
     pe = rope_table(torch.cat([given["txt_ids"], given["img_ids"]]), (4, 4, 8), 10000.0)
-    vec = model.conditioning(given["vec"], given["t"], given["guidance"])
+    vec = model.conditioning(given["pooled"], given["t"], given["guidance"])
     img, txt = model.img_in(given["img"]), model.txt_in(given["txt"])
     img, txt = model.double_blocks[0](img, txt, vec, pe)
     img, txt = model.double_blocks[1](img + residuals[0], txt, vec, pe)
-    x = model.single_blocks[1](model.single_blocks[0](torch.cat([txt, img], dim=1), vec, pe), vec, pe)
+    x = model.single_blocks[0](torch.cat([txt, img], dim=1), vec, pe)
+    x = model.single_blocks[1](x, vec, pe)
     expected = model.final_layer(x[:, L:] + residuals[3], vec)
     assert torch.allclose(model(**given, residuals=residuals), expected, atol=1e-5)
     assert torch.equal(model(**given, residuals=[None] * 4), model(**given))
 
 
-def test_further_keys_are_looked_at_by_image_queries_before_their_rotation():
-    """By hand, for one block: softmax(q kᵀ / √D) v of the normalised queries, added without a gate."""
+def test_image_queries_attend_to_further_keys_before_their_rotation():
+    """By hand, for one block: softmax(q kᵀ / √D) v of the normalised queries, without a gate."""
     block = small().double_blocks[0]
     img, txt, vec = torch.randn(2, N, 32), torch.randn(2, L, 32), torch.randn(2, 32)
     pe = rope_table(torch.randint(0, 9, (L + N, 3)), (4, 4, 8), 10000.0)
     k, v = torch.randn(1, 2, 5, 16), torch.randn(1, 2, 5, 16)
     plain_img, plain_txt = block(img, txt, vec, pe)
-    seen_img, seen_txt = block(img, txt, vec, pe, [(k, v), (k, 2 * v)])
-    shift, scale, *_ = block.img_mod(vec)
-    q = block.img_attn.qkv(modulate(img, shift, scale))[..., :32].unflatten(-1, (2, 16)).transpose(1, 2)
-    q = q / (q.square().mean(-1, keepdim=True) + 1e-6).sqrt() * block.img_attn.norm.query_norm.scale
-    seen = ((q @ k.transpose(-1, -2) / 4).softmax(-1) @ v).transpose(1, 2).flatten(2)
-    assert torch.allclose(seen_img, plain_img + 3 * seen, atol=1e-5) and torch.equal(seen_txt, plain_txt)
-    assert not torch.allclose(plain_img, seen_img, atol=1e-2)
+    with_img, with_txt = block(img, txt, vec, pe, [(k, v), (k, 2 * v)])
+    mod, _ = block.img_mod(vec)
+    q = block.img_attn.qkv(modulate(img, mod.shift, mod.scale))[..., :32]
+    q = normed(q.unflatten(-1, (2, 16)).transpose(1, 2), block.img_attn.norm.query_norm)
+    added = ((q @ k.transpose(-1, -2) / 4).softmax(-1) @ v).transpose(1, 2).flatten(2)
+    assert torch.allclose(with_img, plain_img + 3 * added, atol=1e-5)
+    assert torch.equal(with_txt, plain_txt)
+    assert not torch.allclose(plain_img, with_img, atol=1e-2)
