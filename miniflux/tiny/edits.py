@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from .glyphs import COLOURS, OBJECTS, RECOLOURABLE
 from .grounds import GROUNDS, PLAIN, SCENIC, SIDE
-from .scenes import Placed, Scene, article, canonical_form, enumerated, is_held_out, is_visible, sample_scene
+from .scenes import GRID, Placed, Scene, article, canonical_form, enumerated, is_held_out, is_visible, sample_scene
 from .styles import STYLES
 
 
@@ -47,7 +47,7 @@ def remove(scene: Scene, rng: random.Random) -> tuple[str, Scene]:
 
 def add(scene: Scene, rng: random.Random) -> tuple[str, Scene]:
     """Into the quarter of the picture, or the side of a single object, that is farthest from all others."""
-    name, size = rng.choice(OBJECTS), 2 * rng.randint(19, 23)
+    name, size = rng.choice(OBJECTS), 40
     spots = [(x, y) for x in (8, SIDE - 8 - size) for y in (8, SIDE - 8 - size)]
     x, y = max(spots, key=lambda spot: min((abs(spot[0] + size / 2 - o.x - o.size / 2) + abs(spot[1] + size / 2 - o.y - o.size / 2)
                                             for o in scene.objects), default=0))
@@ -63,8 +63,9 @@ def recolour(scene: Scene, rng: random.Random) -> tuple[str, Scene]:
 def resize(scene: Scene, rng: random.Random) -> tuple[str, Scene]:
     """To two thirds; or, if nothing else stands there, to three halves. About the same centre, pushed inside the picture."""
     old, word = rng.choice(scene.objects), rng.choice(("bigger", "smaller"))
-    size = 2 * round(old.size * (1.5 if word == "bigger" else 1 / 1.5) / 2)
-    x, y = (min(max(at + (old.size - size) // 2, 0), max(SIDE - size, 0)) for at in (old.x, old.y))
+    size = GRID * round(old.size * (1.5 if word == "bigger" else 1 / 1.5) / GRID)
+    centred = (GRID * round((at + (old.size - size) / 2) / GRID) for at in (old.x, old.y))
+    x, y = (min(max(at, 0), max(SIDE - size, 0)) for at in centred)
     alone = len(scene.objects) == 1 and size <= 0.95 * SIDE
     return f"make the {old.name} {word}", put(scene, old, replace(old, x=x, y=y, size=size)) if alone or word == "smaller" else scene
 

@@ -13,6 +13,7 @@ model paints.
 About one pair in ten of (object, plain ground colour) never occurs in training, though each object and each colour does: a
 model that paints such a pair has understood the caption instead of remembering a picture.
 """
+import math
 import random
 import textwrap
 from dataclasses import dataclass
@@ -25,11 +26,12 @@ from .grounds import GROUNDS, PLAIN, SCENIC, SIDE, paint_ground
 from .styles import COLOURLESS, STYLES, restyle
 
 NUMBERS = {2: "two", 3: "three", 4: "four"}
-KINDS = dict(                                          # kind of scene: (percent; size of an object / SIDE, from, to)
-    single=(46, 0.55, 0.75), big=(4, 0.80, 0.90), small=(4, 0.30, 0.38),
-    pair=(20, 0.40, 0.47), overlap=(6, 0.40, 0.47), count=(12, 0.38, 0.45), three=(5, 0.38, 0.45), four=(3, 0.38, 0.45),
+GRID = 8                                               # boxes begin and end on it: equal objects have equal latents
+KINDS = dict(                                          # kind of scene: (percent, sizes of an object in pixels)
+    single=(36, (72, 88)), big=(3, (104,)), small=(3, (40,)), pair=(32, (56,)), overlap=(5, (56,)),
+    count=(14, (56,)), three=(4, (56,)), four=(3, (56,)),
 )
-BEHIND = 1.45                                          # in an overlap the farther object is so many times as large
+BEHIND = 88                                            # size of the farther object of an overlap
 STYLED = 0.12                                          # the share of scenes with a style
 RELATIONS = {                                          # relation of a pair: how captions say it
     "left of": ("to the left of", "left of"), "right of": ("to the right of", "right of"),
@@ -88,7 +90,7 @@ def sample_scene(rng: random.Random, *, kind: str | None = None, coloured: bool 
     held_out=True: only objects on a ground with which training never shows them, no style, no other colour unless it is asked for, and
     a canonical caption."""
     seed, centres, relation, style = rng.getrandbits(32), ((64, 64),), None, None
-    kind = kind or rng.choices(tuple(KINDS), [weight for weight, _, _ in KINDS.values()])[0]
+    kind = kind or rng.choices(tuple(KINDS), [percent for percent, _ in KINDS.values()])[0]
     different = {"pair": 2, "overlap": 2, "three": 3, "four": 4}.get(kind, 1)
     if not held_out and rng.random() < STYLED:
         style = rng.choice(tuple(STYLES))
@@ -135,20 +137,25 @@ def _choose(rng: random.Random, ground: str, n: int, coloured: bool | None, held
 
 
 def _place(rng: random.Random, chosen: list, centres: tuple, kind: str) -> tuple[Placed, ...]:
-    """Boxes about the centres, moved a little, each within its quarter, half or whole of the picture."""
-    size = 2 * round(SIDE * rng.uniform(*KINDS[kind][1:]) / 2)              # even: fewer sizes to keep in memory
+    """Boxes of one size about the centres, moved a little, each within its quarter, half or whole of the picture."""
+    size = rng.choice(KINDS[kind][1])
     room = {32: (64 - size) / 2, 64: (SIDE - size) / 4, 96: (64 - size) / 2}
-    corners = [[round(c - size / 2 + rng.uniform(-room[c], room[c])) for c in centre] for centre in centres]
+    corners = [[_on_grid(rng, c - size / 2 - room[c], c - size / 2 + room[c]) for c in centre] for centre in centres]
     return tuple(Placed(name, colour, x, y, size) for (name, colour), (x, y) in zip(chosen, corners))
+
+
+def _on_grid(rng: random.Random, low: float, high: float) -> int:
+    """A multiple of `GRID` between low and high."""
+    return GRID * rng.randint(math.ceil(low / GRID), math.floor(high / GRID))
 
 
 def _overlap(rng: random.Random, chosen: list, relation: str) -> tuple[Placed, ...]:
     """A large object in the upper middle, a smaller one before it at the lower left or right."""
-    size = 2 * round(SIDE * rng.uniform(*KINDS["overlap"][1:]) / 2)
-    large, side = 2 * round(BEHIND * size / 2), rng.choice((-1, 1))
-    near = (64 - size // 2 + side * rng.randint(18, 32), SIDE - size - rng.randint(2, 8), size)
-    far = (64 - large // 2 - side * rng.randint(6, 16), rng.randint(4, 12), large)
-    boxes = (near, far) if relation == "in front of" else (far, near)
+    near, = KINDS["overlap"][1]
+    right = rng.random() < 0.5
+    near_box = rng.choice((56, 64) if right else (8, 16)), rng.choice((64, 72)), near
+    far_box = 8 if right else 32, rng.choice((0, 8)), BEHIND
+    boxes = (near_box, far_box) if relation == "in front of" else (far_box, near_box)
     return tuple(Placed(name, colour, *box) for (name, colour), box in zip(chosen, boxes))
 
 

@@ -47,7 +47,7 @@ from . import (
     vocabulary,
 )
 
-SCENES = {"vocabulary": 20_000, "autoencoder": 6_000, "base": 36_000, "guidance": 36_000, "schnell": 4_000, "kontext": 12_000, "style": 3_000,
+SCENES = {"vocabulary": 20_000, "autoencoder": 9_000, "base": 36_000, "guidance": 36_000, "schnell": 4_000, "kontext": 12_000, "style": 3_000,
           "controlnet": 6_000, "redux": 6_000, "ip-adapter": 6_000} | dict.fromkeys(train_variant.VARIANTS, 6_000)
 
 
@@ -72,13 +72,14 @@ def parts(model: Path, device: torch.device) -> tuple[Autoencoder, CLIPTokenizer
 
 
 def train_autoencoder_stage(work: Path, steps: int | None, minutes: float | None, scenes: int, device: torch.device,
-                            start: str | None) -> None:
+                            start: str | None, decoder_only: bool) -> None:
     known = load(start, device=device, dtype=torch.float32).autoencoder if start else None
     if known and replace(known.config, scale_factor=1.0, shift_factor=0.0) != train_autoencoder.CONFIG:
         raise ValueError(f"the model {start} has another autoencoder than the one that is trained: start with tiny, or a folder of this command's")
-    scale, shift = train_autoencoder.run(work / "autoencoder", steps, minutes, device, scenes, known and known.state_dict())
+    scale, shift = train_autoencoder.run(work / "autoencoder", steps, minutes, device, scenes,
+                                         known and known.state_dict(), decoder_only)
     go_on_alone()
-    if known:
+    if decoder_only:
         scale, shift = known.config.scale_factor, known.config.shift_factor
     network = Autoencoder(replace(train_autoencoder.CONFIG, scale_factor=scale, shift_factor=shift))
     network.load_state_dict(averaged(work / "autoencoder"))
@@ -131,6 +132,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("stage", choices=list(SCENES))
     parser.add_argument("--base", default="tiny", choices=whole_models(), help="the model of which schnell, kontext, redux, fill, canny and depth are variants, and for which controlnet, style and ip-adapter are (default tiny)")
     parser.add_argument("--start", help="the model whose weights the stages autoencoder and base begin with (default: random ones)")
+    parser.add_argument("--decoder-only", action="store_true", help="autoencoder: keep the encoder of --start, and so its latents")
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--minutes", type=float, help="train for so long (default 15)")
     length.add_argument("--steps", type=int, help="train for so many steps")
@@ -147,6 +149,8 @@ def main(argv: list[str] | None = None) -> None:
     scenes = args.scenes or SCENES[args.stage]
     if args.start and args.stage not in ("autoencoder", "base"):
         parser.error(f"the stage {args.stage} begins with what the stage before it left: --start is for autoencoder and base")
+    if args.decoder_only and not (args.start and args.stage == "autoencoder"):
+        parser.error("--decoder-only keeps the encoder of a trained autoencoder: give --start, in the stage autoencoder")
     device = args.device
     try:
         if distributed.several():
@@ -154,11 +158,14 @@ def main(argv: list[str] | None = None) -> None:
         if args.stage == "vocabulary":
             vocabulary.learn(args.work / "model", scenes)
         elif args.stage == "autoencoder":
-            train_autoencoder_stage(args.work, args.steps, minutes, scenes, device, args.start)
+            train_autoencoder_stage(args.work, args.steps, minutes, scenes, device, args.start, args.decoder_only)
         elif args.stage in ("base", "guidance"):
             train_painter_stage(args.work, args.stage, args.steps, minutes, scenes, device, args.start, args.compile)
         else:
             train_variant_stage(args.work, args.stage, args.steps, minutes, scenes, device, args.base, args.compile)
+    except KeyboardInterrupt:
+        print(f"stopped; the state is saved: the same command resumes {args.stage}")
+        raise SystemExit(130) from None
     except (OSError, ValueError, ImportError) as error:
         parser.error(str(error))
 

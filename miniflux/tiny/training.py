@@ -1,17 +1,20 @@
 """One training loop for everything that is trained here: resumable, reproducible, watched.
 
-    for each step:   loss = loss_of(random numbers);   loss.backward();   optimizer.step();   average the weights
+    for each step:   loss = loss_of(generator);   loss.backward();   optimizer.step();   average the weights
 
-Each step draws its random numbers from a generator seeded with (seed, step), so a run that was killed and resumed goes
-exactly the way it would have gone. The length of a run is given in steps, or in minutes of wall-clock time.
+Each step draws its random numbers from a generator seeded with (seed, step), so a run that was
+stopped and resumed goes exactly the way it would have gone. The length of a run is given in steps,
+or in minutes of training, counted over all restarts. Ctrl-C saves the state and stops.
 
-Started by torchrun as one of N processes, it draws other numbers than the others, and all of them take the mean of their gradients:
-the batch is N times as large. The first process keeps the time, and it alone writes.
+Started by torchrun as one of N processes, each draws numbers of its own, and all take the mean of
+their gradients: the batch is N times as large. The first process keeps the time, and it alone writes.
 """
 
 import json
 import math
 import os
+import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,50 +25,93 @@ import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from ..engine.distributed import leads, several
 from ..images import save
+from .optimizers import make_optimizers
 from .scenes import contact_sheet
 
-
-def make_optimizers(net: nn.Module, lr: float, weight_decay: float = 0.01) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside the networks (Jordan et al. 2024), AdamW for embeddings, convolutions, vectors, low-rank
-    factors and the first and last layer."""
-    def is_inner_matrix(name: str, p: Tensor) -> bool:
-        return p.ndim == 2 and not any(word in name for word in ("embed", "shared", "_bias", "img_in", "final_layer.linear", "parametrizations"))
-
-    named = [(name, p) for name, p in net.named_parameters() if p.requires_grad]
-    inner = [p for name, p in named if is_inner_matrix(name, p)]
-    outer = [p for name, p in named if not is_inner_matrix(name, p)]
-    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(outer, lr=lr, betas=(0.9, 0.98), weight_decay=weight_decay)]
-    if inner:
-        optimizers.append(torch.optim.Muon(inner, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"))
-    return optimizers
+WARMUP = 100                             # steps in which the learning rate rises
+DECAY_FROM = 0.75                        # of the run: from there on the learning rate falls to zero
+BAR = "{desc} {percentage:3.0f}%|{bar}| {postfix} [{elapsed}<{remaining}]"
 
 
-def learning_rate_factor(progress: float, step: int, warmup: int = 100, decay_from: float = 0.5) -> float:
-    """Rises for `warmup` steps, stays, and falls linearly to zero after `decay_from` of the run; progress in [0, 1]."""
+def learning_rate_factor(progress: float, step: int, warmup: int = WARMUP,
+                         decay_from: float = DECAY_FROM) -> float:
+    """Rises for `warmup` steps, stays, and falls linearly to zero after `decay_from` of the run;
+    progress in [0, 1]."""
     return min((step + 1) / warmup, 1.0) * min((1 - progress) / (1 - decay_from), 1.0)
 
 
+def precision(device: torch.device, size: int = 512) -> torch.dtype:
+    """The dtype in which this device multiplies matrices faster: bfloat16 or float32.
+
+    Note: that depends on the processor. A Zen 3 emulates bfloat16 a hundred times slower; an Intel
+    with AMX is several times faster with it. So one product of each is timed."""
+    if device.type != "cpu":
+        return torch.bfloat16
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a = torch.ones(size, size, dtype=dtype)
+        a @ a
+        began = time.perf_counter()
+        a @ a
+        seconds[dtype] = time.perf_counter() - began
+    return min(seconds, key=seconds.get)
+
+
+def autocast(device: torch.device) -> torch.autocast:
+    """Run the networks in the faster precision; their weights stay in float32."""
+    dtype = _precisions.setdefault(str(device), precision(device))
+    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
+
+
+_precisions: dict[str, torch.dtype] = {}
+
+
+class Interruption:
+    """`with Interruption() as interruption`: Ctrl-C or SIGTERM sets `asked`; the step ends first."""
+
+    def __init__(self):
+        self.asked = False
+
+    def __enter__(self) -> "Interruption":
+        self.before = {}
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.before[number] = signal.signal(number, self._ask)
+        return self
+
+    def _ask(self, *_) -> None:
+        self.asked = True
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
 def average(tensors: list[Tensor], processes: int) -> None:
-    """Makes of each tensor the mean over all processes, in place."""
-    together = torch.cat([tensor.flatten() for tensor in tensors])
-    dist.all_reduce(together)
-    for tensor, mean in zip(tensors, together.div_(processes).split([tensor.numel() for tensor in tensors])):
+    """Replace each tensor by its mean over all processes, in place."""
+    joined = torch.cat([tensor.flatten() for tensor in tensors])
+    dist.all_reduce(joined)
+    means = joined.div_(processes).split([tensor.numel() for tensor in tensors])
+    for tensor, mean in zip(tensors, means):
         tensor.copy_(mean.view_as(tensor))
 
 
-def clock(seconds: float, device: torch.device) -> float:
-    """The first process's time, for all: they must agree on the learning rate, and on when to stop."""
-    first = torch.tensor(seconds, dtype=torch.float64, device=device)
+def broadcast(seconds: float, stop: bool, device: torch.device) -> tuple[float, bool]:
+    """The first process's time and wish to stop, for all: they must agree on both."""
+    first = torch.tensor([seconds, float(stop)], dtype=torch.float64, device=device)
     dist.broadcast(first, 0)
-    return float(first)
+    return float(first[0]), bool(first[1])
 
 
-def save_state(path: Path, net: nn.Module, ema: dict[str, Tensor], optimizers: list, step: int, seconds: float) -> None:
+def save_state(path: Path, net: nn.Module, ema: dict[str, Tensor], optimizers: list, step: int,
+               seconds: float) -> None:
     """Everything a run needs to go on, in one safetensors file, replaced in one stroke."""
-    tensors = {f"net.{k}": v for k, v in net.state_dict().items()} | {f"ema.{k}": v for k, v in ema.items()}
+    tensors = {f"net.{k}": v for k, v in net.state_dict().items()}
+    tensors |= {f"ema.{k}": v for k, v in ema.items()}
     for i, optimizer in enumerate(optimizers):
         for j, entries in optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{i}.{j}.{k}": v for k, v in entries.items()}
@@ -92,11 +138,22 @@ def load_state(path: Path, net: nn.Module, ema: dict[str, Tensor], optimizers: l
     return int(meta["step"]), float(meta["seconds"])
 
 
-def train(net: nn.Module, loss_of: Callable[[torch.Generator], Tensor], folder: Path, *, lr: float, steps: int | None = None,
-          minutes: float | None = None, seed: int = 0, ema_decay: float = 0.999, save_every: int = 500, log_every: int = 50,
+def train(net: nn.Module, loss_of: Callable[[torch.Generator], Tensor], folder: Path, *, lr: float,
+          batch: int = 1, steps: int | None = None, minutes: float | None = None, seed: int = 0,
+          ema_decay: float = 0.999, save_minutes: float = 10, log_every: int = 20,
           on_save: Callable[[int, dict[str, Tensor]], dict] | None = None) -> dict[str, Tensor]:
-    """Minimise loss_of(generator) over the weights of `net` for `steps` steps or `minutes` minutes; returns the averaged
-    weights. The state, a log in JSON lines and what `on_save(step, averaged weights)` adds to it live in `folder`."""
+    """Minimise loss_of(generator) over the weights of `net`; returns their running average.
+
+    folder: of the state, the log in JSON lines, and whatever `on_save` writes.
+    lr: the learning rate of both optimizers.
+    batch: samples in a step, of one process; for the figures alone.
+    steps, minutes: the length of the run, one of the two.
+    seed: of the random numbers of all steps.
+    save_minutes: minutes between two saved states.
+    on_save(step, averaged weights): entries for the log, such as a figure of merit.
+
+    Raises KeyboardInterrupt after Ctrl-C, with the state saved, and ValueError where the loss is
+    not finite."""
     if (steps is None) == (minutes is None):
         raise ValueError(f"give either steps or minutes, got steps={steps} and minutes={minutes}")
     folder.mkdir(parents=True, exist_ok=True)
@@ -106,60 +163,81 @@ def train(net: nn.Module, loss_of: Callable[[torch.Generator], Tensor], folder: 
     rank, processes = (dist.get_rank(), dist.get_world_size()) if several() else (0, 1)
     ema = {k: v.detach().clone() for k, v in net.state_dict().items()}
     step, seconds = load_state(state, net, ema, optimizers) if state.exists() else (0, 0.0)
-    began, losses = time.monotonic() - seconds, []
+    began, saved, losses = time.monotonic() - seconds, seconds, []
+    counted = (step, seconds)                                  # where samples/s are counted from
+    length = steps or 60 * minutes
+    bar = tqdm(total=length, initial=step if steps else seconds, desc=folder.name, bar_format=BAR,
+               disable=None if leads() else True)
 
-    def keep(seconds: float) -> None:
+    def keep(seconds: float, watch: bool) -> None:
         save_state(state, net, ema, optimizers, step, seconds)
-        if on_save:
-            with torch.compiler.set_stance("force_eager"):       # what it paints has other shapes: no compilation for a few pictures
-                write_log(log, step=step, **on_save(step, ema))
+        if on_save and watch:
+            # Note: sample sheets have other shapes; compiling them would take longer than they do.
+            with torch.compiler.set_stance("force_eager"):
+                write_log(log, bar, step=step, seconds=round(seconds, 1), **on_save(step, ema))
 
-    while True:
-        seconds = time.monotonic() - began
-        if processes > 1:
-            seconds = clock(seconds, learnt[0].device)
-        progress = step / steps if steps else seconds / (60 * minutes)
-        if progress >= 1:
-            break
-        generator = torch.Generator().manual_seed((seed * 1_000_003 + step) * processes + rank)
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = lr * learning_rate_factor(progress, step)
-            optimizer.zero_grad(set_to_none=True)
-        loss = loss_of(generator)
-        loss.backward()
-        loss = loss.detach()
-        if processes > 1:
-            average([loss, *(p.grad for p in learnt if p.grad is not None)], processes)
-        nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-        step += 1
-        decay = min(ema_decay, step / (step + 10))
-        torch._foreach_lerp_(list(ema.values()), [v.detach() for v in net.state_dict().values()], 1 - decay)
-        losses.append(loss)
-        if step % log_every == 0:
-            if leads():
-                write_log(log, step=step, seconds=round(seconds, 1), loss=float(torch.stack(losses).mean()))
-            if not math.isfinite(losses[-1]):
-                raise ValueError(f"the loss became {float(losses[-1])} at step {step}: lower the learning rate")
-            losses.clear()
-        if step % save_every == 0 and leads():
-            keep(time.monotonic() - began)
-    if leads():
-        keep(seconds)
+    with Interruption() as interruption, bar:
+        while True:
+            seconds, stop = time.monotonic() - began, interruption.asked
+            if processes > 1:
+                seconds, stop = broadcast(seconds, stop, learnt[0].device)
+            progress = (step if steps else seconds) / length
+            bar.update(min(step if steps else seconds, length) - bar.n)
+            if progress >= 1 or stop:
+                break
+            number = (seed * 1_000_003 + step) * processes + rank
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = lr * learning_rate_factor(progress, step)
+                optimizer.zero_grad(set_to_none=True)
+            loss = loss_of(torch.Generator().manual_seed(number))
+            loss.backward()
+            loss = loss.detach()
+            if processes > 1:
+                average([loss, *(p.grad for p in learnt if p.grad is not None)], processes)
+            nn.utils.clip_grad_norm_(learnt, 1.0)
+            for optimizer in optimizers:
+                optimizer.step()
+            step += 1
+            decay = min(ema_decay, step / (step + 10))
+            now = [v.detach() for v in net.state_dict().values()]
+            torch._foreach_lerp_(list(ema.values()), now, 1 - decay)
+            losses.append(loss)
+            if step == 1 or step % log_every == 0:
+                mean, seconds = float(torch.stack(losses).mean()), time.monotonic() - began
+                speed = (step - counted[0]) * batch * processes / max(seconds - counted[1], 1e-9)
+                counted = (step, seconds)
+                if leads():
+                    bar.set_postfix_str(f"loss {mean:.4f}, {speed:.1f} samples/s")
+                    write_log(log, bar, step=step, seconds=round(seconds, 1), loss=mean,
+                              samples=step * batch * processes, samples_per_s=round(speed, 2))
+                if not math.isfinite(losses[-1]):
+                    raise ValueError(f"the loss became {float(losses[-1])} at step {step}: "
+                                     "lower the learning rate")
+                losses.clear()
+            if leads() and time.monotonic() - began - saved > 60 * save_minutes:
+                saved = time.monotonic() - began
+                keep(saved, watch=True)
+        if leads():
+            keep(seconds, watch=not stop)
     if processes > 1:
         dist.barrier()                                       # none leaves before all have arrived
+    if stop:
+        raise KeyboardInterrupt
     return ema
 
 
-def write_sheet(folder: Path, step: int, pictures: list, captions: list[str]) -> dict:
-    """Paints a stage's sample sheet; what the log says of it."""
-    save(contact_sheet([np.asarray(picture) for picture in pictures], captions), folder / "sheet.png", {"step": step})
+def write_sheet(folder: Path, step: int, images: list, captions: list[str]) -> dict:
+    """Paint a stage's sample sheet; returns its entry in the log."""
+    sheet = contact_sheet([np.asarray(image) for image in images], captions)
+    save(sheet, folder / "sheet.png", {"step": step})
     return {"sheet": str(folder / "sheet.png")}
 
 
-def write_log(path: Path, **entry) -> None:
+def write_log(path: Path, bar: tqdm, **entry) -> None:
+    """Append an entry to the log; print it where no bar is shown."""
     with open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(entry) + "\n")
-    print(" ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in entry.items()), flush=True)
+    if bar.disable:
+        words = (f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in entry.items())
+        print(" ".join(words), flush=True)
