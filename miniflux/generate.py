@@ -13,7 +13,6 @@ from torch import Tensor
 
 from .adapters.ip_adapter import IPImage, IPImages, IPScale, image_keys_values, read_ip_images
 from .controlnet import Control, Controls, like, read_controls, residuals_of
-from .engine.modulation import modulations
 from .flux import Flux
 from .images import Pictures, Pixels, log, to_pil
 from .latents import decode, spread
@@ -73,7 +72,7 @@ def paint(flux: Flux, prompt: Text, call: Call, *, start: Tensor | None = None, 
 
     def velocity_of(text: Prompt, pictures: list[list[Pixels]] | None) -> Velocity:
         image_kv = pictures and image_keys_values(flux, pictures, ip.scales)
-        vec = modulations(flux.mmdit, text.vec, call.guidance, ts)
+        vec = flux.mmdit.prepare(text.vec, call.guidance, ts)
         return flow(flux.mmdit, text.txt, vec, call.guidance, h, w, beside, after, image_kv)
 
     velocity = velocity_of(text, ip and ip.wanted)

@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .flux import Schedule
-from .networks.mmdit import KeysValues, MMDiT
+from .networks.mmdit import CallMemory, KeysValues, MMDiT, MMDiTInputs
 
 Velocity = Callable[..., Tensor]                     # (x, t) -> dx/dt, as latents (B, 16, h, w)
 OnStep = Callable[[int, float, Tensor], None]        # (step, t, x)
@@ -166,6 +166,7 @@ def flow(mmdit: MMDiT, txt: Tensor, vec: Tensor, guidance: float | Tensor, heigh
     strictness, count = per_picture(guidance) if mmdit.config.guidance_embed else None, len(img_ids)
     if after is not None:
         img_ids = torch.cat([img_ids, after[1].to(img_ids)])                    # (N+M, 3)
+    memory = CallMemory()
 
     def velocity(x: Tensor, t: float | Tensor, residuals: Sequence[Tensor | None] | None = None) -> Tensor:
         img = patchify(x.to(txt.dtype))                                         # (B, N, 64)
@@ -173,7 +174,8 @@ def flow(mmdit: MMDiT, txt: Tensor, vec: Tensor, guidance: float | Tensor, heigh
             img = torch.cat([img, beside.to(img)], dim=-1)                      # (B, N, in_channels)
         if after is not None:
             img = torch.cat([img, after[0].to(img)], dim=1)                     # (B, N+M, 64)
-        v = mmdit(img, txt, vec, per_picture(t), strictness, img_ids, txt_ids, residuals, image_kv)
+        v = mmdit(MMDiTInputs(img, txt, vec, per_picture(t), strictness, img_ids, txt_ids, residuals, image_kv,
+                              time=t if isinstance(t, int | float) else None, memory=memory))
         return unpatchify(v[:, :count], height, width)                          # (B, 16, height, width)
 
     return velocity
