@@ -3,7 +3,8 @@
     from miniflux import load, generate
     picture, = generate(load(), "a fox next to a red apple", seed=7)
 
-Every task is a file, a function and a command of the same name. The names below are loaded when they are first used.
+Every task is a file, a function and a command of the same name. The names below are loaded when
+they are first used, so importing miniflux does no work.
 """
 
 import importlib
@@ -12,17 +13,53 @@ from types import ModuleType
 
 __version__ = "0.1.0"
 
-_FILES = ("generate", "image_to_image", "inpaint", "fill", "control", "redux", "kontext_edit", "kontext_inpaint", "canny",
-          "depth", "info")
-_NAMES = {"load": "loading", "Flux": "flux", "FluxConfig": "flux", "add_redux": "adapters.redux", "Prompt": "prompt", "encode_prompt": "prompt",
-          "redux_prompt": "redux", "add_lora": "adapters.lora", "set_lora_scales": "adapters.lora", "remove_lora": "adapters.lora",
-          "load_controlnet": "controlnet", "Control": "controlnet", "add_ip_adapter": "adapters.ip_adapter", "quantize": "engine.quantize",
-          "offload": "engine.offload", "cache": "engine.caching", "tile": "engine.tiling", "compile": "engine.compiling",
-          "distribute": "engine.distributed", "precompute_modulation": "engine.modulation",
-          "load_depth": "depth", "load_filters": "safety", "is_flagged": "safety", "stop_flagged": "safety",
-          "add_watermark": "watermark", "read_watermark": "watermark", "fit_preview": "preview", "load_preview": "preview",
-          "mask_from_alpha": "masks", "blur_mask": "masks", "expand_canvas": "masks", **dict(zip(_FILES, _FILES))}
-__all__ = ["__version__", *_NAMES]
+# Public name -> the file it lives in.
+_NAMES = {
+    "load": "loading",
+    "Flux": "flux",
+    "FluxConfig": "flux",
+    "generate": "generate",
+    "image_to_image": "image_to_image",
+    "inpaint": "inpaint",
+    "fill": "fill",
+    "control": "control",
+    "redux": "redux",
+    "redux_prompt": "redux",
+    "kontext_edit": "kontext_edit",
+    "kontext_inpaint": "kontext_inpaint",
+    "Prompt": "prompt",
+    "encode_prompt": "prompt",
+    "add_redux": "adapters.redux",
+    "add_lora": "adapters.lora",
+    "set_lora_scales": "adapters.lora",
+    "remove_lora": "adapters.lora",
+    "load_controlnet": "controlnet",
+    "Control": "controlnet",
+    "add_ip_adapter": "adapters.ip_adapter",
+    "quantize": "engine.quantize",
+    "offload": "engine.offload",
+    "cache": "engine.caching",
+    "tile": "engine.tiling",
+    "compile": "engine.compiling",
+    "distribute": "engine.distributed",
+    "precompute_modulation": "engine.modulation",
+    "canny": "canny",
+    "depth": "depth",
+    "load_depth": "depth",
+    "mask_from_alpha": "masks",
+    "blur_mask": "masks",
+    "expand_canvas": "masks",
+    "fit_preview": "preview",
+    "load_preview": "preview",
+    "add_watermark": "watermark",
+    "read_watermark": "watermark",
+    "info": "info",
+    "load_filters": "safety",
+    "is_flagged": "safety",
+    "stop_flagged": "safety",
+}
+# Note: `compile` stays out of `import *`, where it would hide Python's own.
+__all__ = ["__version__", *(name for name in _NAMES if name != "compile")]
 
 
 def __getattr__(name: str):
@@ -32,15 +69,24 @@ def __getattr__(name: str):
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return sorted([*__all__, "compile"])
 
 
 class _Package(ModuleType):
-    """`miniflux.generate` stays the function even after `import miniflux.generate`, which would bind the module."""
+    """Keeps `miniflux.fill` the function, even after `import miniflux.fill`.
+
+    Importing a submodule binds the module to its name in the package. Task, file and function share
+    one name, so the function is bound instead, with the module's other names as its attributes:
+    after `import miniflux.generate as g`, `g(...)` paints and `g.sample` is the algorithm."""
 
     def __setattr__(self, name: str, value) -> None:
-        is_task = isinstance(value, ModuleType) and _NAMES.get(name) == name
-        super().__setattr__(name, getattr(value, name) if is_task else value)
+        if isinstance(value, ModuleType) and _NAMES.get(name, "").rpartition(".")[2] == name:
+            function = getattr(value, name)
+            for key, attribute in vars(value).items():
+                if not key.startswith("__"):
+                    vars(function).setdefault(key, attribute)
+            value = function
+        super().__setattr__(name, value)
 
 
 sys.modules[__name__].__class__ = _Package

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .checkpoints.building import WithoutInitialisation
 from .checkpoints.formats import read_safetensors
-from .networks.mmdit import MMDiT, MMDiTConfig
+from .networks.mmdit import MMDiT, MMDiTConfig, MMDiTInputs
 from .networks.t5 import T5
 from .tiny.export import write_mmdit
 
@@ -117,7 +117,8 @@ def ours(folder: Path, mode: str, txt: Tensor, vec: Tensor, ids: Tensor, ts: Ten
     flux = Flux(None, None, None, None, load_mmdit(folder / "flux1.safetensors", "cpu", torch.bfloat16), None, FluxConfig())
     mmdit = offload(flux, "cpu", mode).mmdit if mode else flux.mmdit
     said, guidance = modulations(mmdit, vec, 3.5, ts.tolist()), torch.full((1,), 3.5).bfloat16()
-    return lambda x, t: mmdit(x, txt, said, t[None].bfloat16(), guidance, ids.long(), torch.zeros(txt.shape[1], 3).long())
+    return lambda x, t: mmdit(MMDiTInputs(x, txt, said, t[None].bfloat16(), guidance, ids.long(),
+                                           torch.zeros(txt.shape[1], 3).long()))
 
 
 def theirs(folder: Path, mode: str, txt: Tensor, vec: Tensor, ids: Tensor, ts: Tensor):

@@ -36,7 +36,7 @@ from .info import marks, spell
 from .latents import decode
 from .loading import assemble, load, with_schedule
 from .masks import blur_mask, expand_canvas, mask_from_alpha
-from .sampling import OnFinish
+from .sampling import SAMPLERS, OnFinish
 from .settings import DEFAULTS, DISTILLED_STEPS
 from .watermark import add_watermark
 
@@ -79,6 +79,7 @@ def parser(task: str, description: str, prompt: bool = True) -> Parser:
     p.add_argument("--negative-prompt", help="what not to paint; acts with --true-cfg above 1 (default: none)")
     p.add_argument("--true-cfg", type=float, default=1.0, help="scale of two-pass guidance (default 1.0: off)")
     p.add_argument("--sigmas", type=float, nargs="+", help="own falling times in (0, 1], not --steps (default: even)")
+    p.add_argument("--sampler", choices=SAMPLERS, help="euler, or heun: second order, two passes a step (default euler)")
     p.add_argument("--max-text-tokens", type=int, help="T5 tokens the prompt is padded to (default: the model's)")
     p.add_argument("--quantize", choices=FORMATS, help="weights in fewer bits (default: as they are)")
     p.add_argument("--lora", nargs="+", default=[], metavar="FILE",

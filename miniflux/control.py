@@ -1,59 +1,63 @@
-"""Control: paint after a prompt along the edges or depths of a control picture (FLUX.1 Canny and Depth).
+"""Control: paint along the edges or depths of a control image (FLUX.1 Canny and Depth).
 
     python -m miniflux.control "a robot made of glass" --model canny --canny robot.webp
-    python -m miniflux.control "a robot made of glass" --model depth --depth robot.webp --depth-model LiheYoung/depth-anything-large-hf
+    python -m miniflux.control "a robot made of glass" --model depth --depth robot.webp \
+        --depth-model LiheYoung/depth-anything-large-hf
 
-Each token carries the 64 latent numbers of the control picture beside its own. The seam: what enters the transformer; with a
-picture to begin from, also the start (as `image_to_image`), and with a mask the velocity (as `inpaint`).
+Each token carries the 64 latent channels of the control image beside its own. The seam: what enters
+the transformer; with an image to begin from, also the start (as `image_to_image`), and with a mask
+the velocity (as `inpaint`).
 """
 
 from argparse import Namespace
-from collections.abc import Sequence
 
-import torch
+from typing_extensions import Unpack
 
 from .canny import canny
 from .depth import depth, load_depth
 from .flux import Flux
-from .generate import paint
+from .generate import sample
 from .images import Picture, Pictures, fit, natural_size, read_pictures, size_of
 from .latents import encode
 from .masks import fit_masks, latent_mask, read_masks
 from .prompt import Text
-from .sampling import OnFinish, OnStep, patchify
-from .settings import resolve
+from .sampling import Conditions, patchify
+from .settings import Settings, resolve, task
 
 
-@torch.no_grad()
-def control(flux: Flux, prompt: Text, control_image: Picture | list[Picture], *, image: Picture | list[Picture] | None = None,
-            mask: Picture | list[Picture] | None = None, strength: float = 0.6, width: int | None = None,
-            height: int | None = None, steps: int | None = None, guidance: float | None = None, seed: int = 0,
-            num_images: int = 1, negative_prompt: Text | None = None, true_cfg: float = 1.0, sigmas: Sequence[float] | None = None,
-            max_text_tokens: int | None = None, output: str = "pil", progress: bool = True, on_step: OnStep | None = None,
-            on_finish: OnFinish | None = None) -> Pictures:
-    """Paint after a prompt along a control picture: edges (see `canny`) or depths (near is bright), as the model was made.
+@task
+def control(flux: Flux, prompt: Text, control_image: Picture | list[Picture], *,
+            image: Picture | list[Picture] | None = None,
+            mask: Picture | list[Picture] | None = None,
+            strength: float = 0.6, **settings: Unpack[Settings]) -> Pictures:
+    """Paint along a control image: edges (see `canny`) or depths (near is bright).
 
-    control_image: one (PIL, path, array (H, W, 3), tensor (3, H, W)), or a list, one for each prompt. image, strength: begin
-    from a picture, as `image_to_image` does. mask: repaint only its white part of `image`, as `inpaint` does. width, height: by
-    default the control picture's shape at the model's number of pixels. guidance: default 3.5, with `image` 7; the makers of
-    the models recommend 30 for edges and 10 for depths. The other keywords are those of `generate`.
+    control_image: one (PIL, path, array (H, W, 3), tensor (3, H, W)), or a list, one for each
+        prompt; edges or depths, as the model was made for.
+    image, strength: begin from an image, as `image_to_image` does; default: from noise.
+    mask: repaint only its white part of `image`, as `inpaint` does; default: everywhere.
 
-    Raises ValueError or FileNotFoundError for what is no picture, an empty mask, a mask without a picture, a model without the
-    128 channels, or a value out of range. Reference: diffusers' `FluxControlPipeline`, `FluxControlImg2ImgPipeline` and
+    guidance is 3.5 by default, with `image` 7; the makers of the models recommend 30 for edges and
+    10 for depths.
+
+    Returns a list of PIL images, or what `output` asks for.
+    Raises ValueError or FileNotFoundError for what is no image, an empty mask, a mask without an
+    image, a model without the 128 channels, or a value out of range.
+    Reference: diffusers' `FluxControlPipeline`, `FluxControlImg2ImgPipeline` and
     `FluxControlInpaintPipeline`, with the mean of the autoencoder's posterior."""
     if mask is not None and image is None:
         raise ValueError("there is a mask but no image whose part it could show: give image= too")
     controls = read_pictures(control_image, "control image")
-    call = resolve("control" if image is None else "control of a picture", flux, width, height, steps, guidance, seed, num_images,
-                   negative_prompt, true_cfg, sigmas, max_text_tokens, output, progress, on_step, on_finish,
-                   like=size_of(controls[0]), strength=1.0 if image is None else strength)
-    size, start, repaint = (call.width, call.height), None, None
-    beside = patchify(encode(flux, fit(controls, *size)))                       # (n, N, 64)
-    if image is not None:
-        pictures = read_pictures(image, "image")
-        start = encode(flux, fit(pictures, *size))                              # (n, 16, h, w)
-        repaint = None if mask is None else latent_mask(fit_masks(read_masks(mask, pictures), *size))
-    return paint(flux, prompt, call, start=start, mask=repaint, beside=beside)
+    task = "control" if image is None else "control of an image"
+    call = resolve(task, flux, settings, like=size_of(controls[0]),
+                   strength=1.0 if image is None else strength)
+    size = call.width, call.height
+    cond = Conditions(img_cond=patchify(encode(flux, fit(controls, *size))))    # (n, N, 64)
+    if image is None:
+        return sample(flux, prompt, call, cond)
+    images = read_pictures(image, "image")
+    hole = None if mask is None else latent_mask(fit_masks(read_masks(mask, images), *size))
+    return sample(flux, prompt, call, cond, start=encode(flux, fit(images, *size)), mask=hole)
 
 
 def look(flux: Flux, args: Namespace) -> dict:

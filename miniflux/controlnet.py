@@ -7,7 +7,7 @@ The network itself is in `networks/controlnet.py`. The seam is velocity -> veloc
 what they say is added within the transformer, to both passes of true CFG alike, as diffusers does.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,16 +20,13 @@ from .checks import check_number, quote, to_number
 from .devices import default_dtype, find_device
 from .flux import Flux
 from .images import Picture, fit, read_pictures, size_of
-from .latents import encode, spread
+from .latents import encode
 from .networks.controlnet import ControlNet, assign
 from .prompt import Prompt
-from .sampling import image_ids, patchify, text_ids
-from .settings import Call
+from .sampling import Residuals, image_ids, patchify, repeat_to_batch, text_ids
 
 # The kinds of control of InstantX's and Shakker's union nets.
 MODES = {"canny": 0, "tile": 1, "depth": 2, "blur": 3, "pose": 4, "gray": 5, "low-quality": 6}
-
-Residuals = Callable[[Tensor, float], list[Tensor | None]]  # (x, t) -> what is added after each block
 
 
 class Control(NamedTuple):
@@ -83,27 +80,28 @@ def read_control(flux: Flux, given: Control | tuple) -> Control:
     return Control(net, read_pictures(image, "control image"), scale, start, end, number)
 
 
-def like(controls: list[Control]) -> tuple[int, int] | None:
-    """The (width, height) of the first control picture, whose shape the result has by default."""
-    return size_of(controls[0].image[0]) if controls else None
+def control_size(controls: list[Control]) -> tuple[int, int]:
+    """The (width, height) of the first control image, whose shape the result has by default."""
+    return size_of(controls[0].image[0])
 
 
-def control_tokens(flux: Flux, control: Control, call: Call) -> Tensor:
+def control_tokens(flux: Flux, control: Control, width: int, height: int) -> Tensor:
     """The control picture as the net reads it: (n, N, in_channels)."""
-    pictures, net = fit(control.image, call.width, call.height), control.net    # (n, 3, H, W)
+    pictures, net = fit(control.image, width, height), control.net    # (n, 3, H, W)
     z = net.input_hint_block(pictures.to(net.img_in.weight)) if net.config.hint else encode(flux, pictures)
     return patchify(z).to(net.img_in.weight)                                    # (n, N, 64)
 
 
-def residuals_of(flux: Flux, controls: list[Control], text: Prompt, call: Call, ts: Sequence[float]) -> Residuals:
+def residuals_of(flux: Flux, controls: Sequence[Control], text: Prompt, ts: Sequence[float],
+                 width: int, height: int, guidance: float) -> Residuals:
     """What the nets add to the transformer for these prompts, at any state of the latents (B, 16, h, w) and time of `ts`."""
-    tokens = [spread(control_tokens(flux, control, call), text.vec) for control in controls]
+    tokens = [repeat_to_batch(control_tokens(flux, control, width, height), text.vec) for control in controls]
     steps, depth, depth_single = len(ts) - 1, flux.mmdit.config.depth, flux.mmdit.config.depth_single_blocks
     # Note: a net acts in the steps that lie within [start, end] as a whole.
     times = [{ts[i] for i in range(steps) if i / steps >= control.start and (i + 1) / steps <= control.end} for control in controls]
     # Each net has a device and a dtype of its own.
     prompts = [(text.txt.to(net.img_in.weight), text.vec.to(net.img_in.weight)) for net, *_ in controls]
-    ids = [[ids.to(net.img_in.weight.device) for ids in (image_ids(call.height // 8, call.width // 8), text_ids(text.txt.shape[1]))]
+    ids = [[ids.to(net.img_in.weight.device) for ids in (image_ids(height // 8, width // 8), text_ids(text.txt.shape[1]))]
            for net, *_ in controls]
 
     def residuals(x: Tensor, t: float) -> list[Tensor | None]:
@@ -113,8 +111,8 @@ def residuals_of(flux: Flux, controls: list[Control], text: Prompt, call: Call, 
                 continue
             weight = net.img_in.weight
             full = torch.full((2, len(x)), t, dtype=weight.dtype, device=weight.device)
-            guidance = full[1].fill_(call.guidance) if net.config.guidance_embed else None
-            doubles, singles = net(patchify(x.to(weight)), control, mode, *prompt, full[0], guidance, *positions)
+            guidance_vec = full[1].fill_(guidance) if net.config.guidance_embed else None
+            doubles, singles = net(patchify(x.to(weight)), control, mode, *prompt, full[0], guidance_vec, *positions)
             doubles, singles = ([(scale * residual).to(text.txt) for residual in group] for group in (doubles, singles))
             own = assign(doubles, depth, repeat=net.config.hint) + assign(singles, depth_single, repeat=False)
             total = [a if b is None else b if a is None else a + b for a, b in zip(total, own)]

@@ -1,63 +1,62 @@
-"""Kontext inpainting: repaint what a mask shows, by an instruction or after a reference picture.
+"""Kontext inpainting: repaint what a mask shows, by an instruction or after a reference image.
 
     python -m miniflux.kontext_inpaint "a red hat" --model kontext --image photo.png --mask mask.png
-    python -m miniflux.kontext_inpaint "this cup" --model kontext --image table.png --mask mask.png --reference cup.png
+    python -m miniflux.kontext_inpaint "this cup" --model kontext --image table.png --mask mask.png \
+        --reference cup.png
 
-As `inpaint`, and the model sees the picture itself, or the reference, as `kontext_edit` does. The seams: what enters the
-transformer, the start, and the velocity.
+As `inpaint`, and the model attends to the image itself, or to the reference, as in `kontext_edit`.
+The seams: what enters the transformer, the start, and the velocity.
 """
 
-from collections.abc import Sequence
+from typing_extensions import Unpack
 
-import torch
-
-from .adapters.ip_adapter import IPImage, IPScale, read_ip_images
 from .flux import Flux
-from .generate import paint
+from .generate import sample
 from .images import Picture, Pictures, fit, read_pictures, size_of
-from .kontext_edit import painted_size, seen_size
-from .kontext_edit import reference as seen_beside
+from .kontext_edit import reference_size, reference_tokens, with_output_size
 from .latents import encode
 from .masks import around_mask, fit_masks, latent_mask, read_masks
 from .prompt import Text
-from .sampling import OnFinish, OnStep
-from .settings import resolve
+from .settings import IPSettings, resolve, task
 
 
-@torch.no_grad()
-def kontext_inpaint(flux: Flux, prompt: Text, image: Picture | list[Picture], mask: Picture | list[Picture], *,
-                    reference: Picture | list[Picture] | None = None, strength: float = 1.0, mask_padding: int | None = None,
-                    auto_resize: bool = True, width: int | None = None, height: int | None = None, steps: int | None = None,
-                    guidance: float | None = None, seed: int = 0, num_images: int = 1, negative_prompt: Text | None = None,
-                    true_cfg: float = 1.0, sigmas: Sequence[float] | None = None, max_text_tokens: int | None = None,
-                    ip_image: IPImage | None = None, ip_scale: IPScale = 1.0, negative_ip_image: IPImage | None = None,
-                    output: str = "pil", progress: bool = True, on_step: OnStep | None = None,
-                    on_finish: OnFinish | None = None) -> Pictures:
-    """Repaint the white part of a mask by an instruction, or after a reference picture.
+@task
+def kontext_inpaint(flux: Flux, prompt: Text, image: Picture | list[Picture],
+                    mask: Picture | list[Picture], *,
+                    reference: Picture | list[Picture] | None = None, strength: float = 1.0,
+                    mask_padding: int | None = None, auto_resize: bool = True,
+                    **settings: Unpack[IPSettings]) -> Pictures:
+    """Repaint the white part of a mask by an instruction, or after a reference image.
 
-    image, mask, strength, mask_padding: as in `inpaint` (strength 1 by default). reference: a picture of what is to be painted;
-    without it the model sees the image itself. auto_resize: image and reference are seen in the nearest of the 17 shapes that
-    Kontext was trained on. width, height: by default the image's, as it is seen. guidance: default 3.5. The other keywords are
-    those of `generate`.
+    image, mask, strength, mask_padding: as in `inpaint` (strength 1 by default).
+    reference: an image of what is to be painted; default: the image itself.
+    auto_resize: image and reference are given to the model in the nearest of the 17 shapes that
+        Kontext was trained on.
 
-    Raises ValueError or FileNotFoundError for what is no picture, an empty mask, or a value out of range.
-    Reference: diffusers' `FluxKontextInpaintPipeline`; what it does with mask_padding differs in two points: here the region
-    is cut out of the picture's own pixels and pasted back, and the reference stays whole."""
-    pictures = read_pictures(image, "image")
-    width, height = painted_size(seen_size(flux, size_of(pictures[0]), auto_resize), width, height)
-    call = resolve("kontext_inpaint", flux, width, height, steps, guidance, seed, num_images, negative_prompt, true_cfg, sigmas,
-                   max_text_tokens, output, progress, on_step, on_finish, strength=strength)
-    masks, put_back, size = read_masks(mask, pictures), None, (call.width, call.height)
+    width and height are by default the image's, as the model is given it.
+
+    Returns a list of PIL images, or what `output` asks for.
+    Raises ValueError or FileNotFoundError for what is no image, an empty mask, or a value out of
+    range.
+    Reference: diffusers' `FluxKontextInpaintPipeline`. Two things differ with mask_padding: here the
+    region is cropped from the image's own pixels and pasted back, and the reference stays whole."""
+    images = read_pictures(image, "image")
+    size = reference_size(flux, size_of(images[0]), auto_resize)
+    call = resolve("kontext_inpaint", flux, with_output_size(settings, size), strength=strength)
+    masks = read_masks(mask, images)
+    paste_back = None
     if mask_padding is not None:
-        near, put_back = around_mask(pictures, masks, *size, mask_padding)
-        pictures, masks = [near(pictures[0])], [near(masks[0])]
-    repaint, z = latent_mask(fit_masks(masks, *size)), encode(flux, fit(pictures, *size))  # (n, 1, h, w), (n, 16, h, w)
-    seen = z
+        crop, paste_back = around_mask(images, masks, call.width, call.height, mask_padding)
+        images, masks = [crop(images[0])], [crop(masks[0])]
+    hole = latent_mask(fit_masks(masks, call.width, call.height))               # (n, 1, h, w)
+    start = encode(flux, fit(images, call.width, call.height))                  # (n, 16, h, w)
+    seen = start
     if reference is not None:
-        others = read_pictures(reference, "reference")
-        seen = encode(flux, fit(others, *seen_size(flux, size_of(others[0]), auto_resize)))
-    return paint(flux, prompt, call, start=z, mask=repaint, after=seen_beside(seen), put_back=put_back,
-                 ip=read_ip_images(flux, ip_image, ip_scale, negative_ip_image))
+        references = read_pictures(reference, "reference")
+        size = reference_size(flux, size_of(references[0]), auto_resize)
+        seen = encode(flux, fit(references, *size))
+    return sample(flux, prompt, call, reference_tokens(seen), start=start, mask=hole,
+                  composite=paste_back)
 
 
 def main() -> None:

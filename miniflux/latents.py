@@ -1,18 +1,9 @@
-"""Pictures <-> latents, the sixteen-channel small pictures in which FLUX.1 paints, and how few of them serve many."""
+"""Images <-> latents, the images of sixteen channels and an eighth of the size that FLUX.1 works on."""
 
 import torch
 from torch import Tensor
 
 from .flux import Flux
-
-
-def spread(given: Tensor | None, x: Tensor) -> Tensor | None:
-    """One for each of the pictures x, on their device, from as many as divide them evenly: a, b -> a, a, b, b."""
-    if given is None:
-        return None
-    if len(x) % len(given):
-        raise ValueError(f"{len(given)} pictures are given for {len(x)} to paint: give one, or one for each prompt")
-    return given.to(x.device).repeat_interleave(len(x) // len(given), dim=0)
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from .checkpoints.finding import (
     find_parts,
     find_parts_in_file,
     find_source,
+    find_transformer,
     whole_models,
 )
 from .checkpoints.formats import read_json
@@ -79,9 +80,7 @@ def assemble(source: str | Path, device: torch.device, dtype: torch.dtype | None
         return assemble_variant(folder, device, dtype, transformer)
     if find_part(folder, "image_embedder") and not find_part(folder, "transformer"):
         return add_redux(assemble("dev", device, dtype, transformer), folder)
-    override = None if transformer is None else Path(transformer).expanduser()
-    if override and not override.exists():
-        raise FileNotFoundError(f"the transformer {transformer} does not exist: expected a file or a folder")
+    override = None if transformer is None else find_transformer(transformer)
     files = (find_parts if folder.is_dir() else find_parts_in_file)(folder, override)
 
     def part(name: str, loader):

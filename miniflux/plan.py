@@ -81,7 +81,7 @@ def expect(flux: Flux, mode: str, form: str | None, width: int, height: int, num
     flux = quantize(flux, form) if form else flux
     text_tokens = flux.config.max_text_tokens if text_tokens is None else text_tokens
     flux = flux if mode == "whole" else precompute_modulation(flux)
-    apart = dict(enumerate(getattr(flux.mmdit, "apart", ())))
+    apart = dict(enumerate(getattr(flux.mmdit, "precomputed", ())))
     networks = {name: network for name, network in vars(flux).items() if isinstance(network, nn.Module)} | apart
     networks |= {f"adapter {i}": adapter for i, adapter in enumerate(flux.ip_adapters)}
     size = {name: nbytes(network) for name, network in networks.items()}

@@ -10,31 +10,32 @@ enters the transformer. `redux_prompt` returns the result as a `Prompt`, which e
 from collections.abc import Sequence
 
 import torch
+from typing_extensions import Unpack
 
 from .checks import check_number, to_number
 from .flux import Flux
-from .generate import paint
+from .generate import sample
 from .images import BICUBIC, Picture, Pictures, fit, read_each
-from .prompt import Prompt, Text, encode_prompt, move, text_length
-from .sampling import OnFinish, OnStep
-from .settings import check_model, resolve
+from .prompt import Prompt, encode_prompt, move, text_length
+from .settings import Settings, check_model, resolve, task
 
 
-@torch.no_grad()
+@task
 def redux(flux: Flux, image: Picture | list[Picture], *, prompt: str | Prompt | None = "",
-          scales: float | Sequence[float] | None = None, width: int | None = None, height: int | None = None,
-          steps: int | None = None, guidance: float | None = None, seed: int = 0, num_images: int = 1,
-          negative_prompt: Text | None = None, true_cfg: float = 1.0, sigmas: Sequence[float] | None = None,
-          max_text_tokens: int | None = None, output: str = "pil", progress: bool = True, on_step: OnStep | None = None,
-          on_finish: OnFinish | None = None) -> Pictures:
-    """Paint variations of a picture, or of a mixture of several.
+          scales: float | Sequence[float] | None = None, **settings: Unpack[Settings]) -> Pictures:
+    """Paint variations of an image, or of a mixture of several.
 
-    image, prompt, scales: see `redux_prompt`. The other keywords are those of `generate`; the makers of the model recommend
-    guidance 2.5 and 50 steps. Raises ValueError for a model without Redux: `load("redux")`, or `add_redux`.
+    image, prompt, scales: see `redux_prompt`.
+
+    The makers of the model recommend guidance 2.5 and 50 steps.
+
+    Returns a list of PIL images, or what `output` asks for.
+    Raises ValueError for a model without Redux: `load("redux")`, or `add_redux`.
     Reference: diffusers' `FluxPriorReduxPipeline`, followed by its `FluxPipeline`."""
-    call = resolve("redux", flux, width, height, steps, guidance, seed, num_images, negative_prompt, true_cfg, sigmas,
-                   max_text_tokens, output, progress, on_step, on_finish)
-    return paint(flux, redux_prompt(flux, image, prompt=prompt, scales=scales, max_text_tokens=max_text_tokens), call)
+    call = resolve("redux", flux, settings)
+    mixed = redux_prompt(flux, image, prompt=prompt, scales=scales,
+                         max_text_tokens=call.max_text_tokens)
+    return sample(flux, mixed, call)
 
 
 @torch.no_grad()

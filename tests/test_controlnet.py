@@ -104,7 +104,7 @@ def test_a_net_with_guidance_steers_a_model_without(tmp_path, net):
     (lambda net, union: (union, EDGES, 1.0, 0.0, 1.0, 7), "the mode is 7"),
     (lambda net, union: (union, EDGES, 1.0, 0.0, 1.0, "cany"), "the mode is 'cany'"),
     (lambda net, union: (net, EDGES, 1.0, 0.0, 1.0, 0), "knows one kind of control only"),
-    (lambda net, union: (net, [EDGES, EDGES, EDGES]), "3 pictures are given for 1 to paint"),
+    (lambda net, union: (net, [EDGES, EDGES, EDGES]), "3 images are given for 1 to paint"),
 ])
 def test_a_wrong_controlnet_gets_one_sentence(flux, net, union, control, sentence):
     with pytest.raises((ValueError, FileNotFoundError), match=sentence):

@@ -148,6 +148,40 @@ def test_the_same_picture_is_painted_from_both_layouts(original, pristine, tmp_p
     assert (a - b).abs().max() <= 1e-5 * a.abs().max()
 
 
+@pytest.mark.parametrize("transformer_name, vae_name", [
+    ("flux1-dev.safetensors", "ae.sft"), ("flux1-dev.sft", "ae.sft")])
+def test_the_first_official_files_were_called_sft(original, transformer_name, vae_name):
+    (original / "flux1-small.safetensors").rename(original / transformer_name)
+    (original / "ae.safetensors").rename(original / vae_name)
+    flux = load(original, device="cpu")
+    assert flux.autoencoder and flux.mmdit.config.depth == 2
+
+
+def test_the_files_of_a_variant_are_the_same(folder, pristine):
+    """`variant="fp16"`, in one file and in shards. Oracle: the libraries that write them."""
+    for name in ("transformer", "vae", "text_encoder", "text_encoder_2"):
+        shutil.rmtree(folder / name)
+    model = FluxTransformer2DModel.from_pretrained(pristine / "transformer")
+    model.save_pretrained(folder / "transformer", variant="fp16", max_shard_size="200KB")
+    model = AutoencoderKL.from_pretrained(pristine / "vae")
+    model.save_pretrained(folder / "vae", variant="fp16")
+    flux = load(pristine, device="cpu")
+    for name, network in (("text_encoder", clip(flux.clip.config.vocab_size)),
+                          ("text_encoder_2", t5(flux.t5.config.vocab_size))):
+        network.save_pretrained(folder / name, variant="fp16", max_shard_size="50KB")
+    assert not list(folder.glob("*/model.safetensors")) and list(folder.glob("*/*.index*fp16*json"))
+    again = load(folder, device="cpu")
+    assert all(same(getattr(again, name), getattr(flux, name)) for name in NETWORKS)
+
+
+def test_of_two_variants_none_is_chosen(folder):
+    one = folder / "vae/diffusion_pytorch_model.safetensors"
+    shutil.copy(one, folder / "vae/diffusion_pytorch_model.bf16.safetensors")
+    one.rename(folder / "vae/diffusion_pytorch_model.fp16.safetensors")
+    refused("vae has the weights diffusion_pytorch_model.bf16.safetensors, .*fp16.*: leave one of them",
+            folder)
+
+
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
 def test_a_single_file_replaces_the_transformer(folder, tmp_path, prefix):
     """Bare, and as ComfyUI saves it, among tensors of other parts."""

@@ -152,7 +152,7 @@ def test_what_on_finish_returns_by_mistake_does_not_cost_the_pictures(flux, capl
     assert not caplog.records
     for mistake in (3, [expected], expected[0], expected.permute(0, 2, 3, 1)):
         assert torch.equal(generate(flux, "a", output="tensor", on_finish=lambda pictures: mistake, **SMALL), expected)
-    assert len(caplog.records) == 4 and "on_finish returned a int, expected pictures" in caplog.records[0].message
+    assert len(caplog.records) == 4 and "on_finish returned a int, expected images" in caplog.records[0].message
 
 
 @pytest.mark.parametrize("stderr", [None, "closed"])

@@ -22,7 +22,7 @@ from miniflux.engine.quantize import quantize
 from miniflux.flux import Flux, FluxConfig
 from miniflux.networks.attention import attention_backend
 from miniflux.networks.autoencoder import Autoencoder, AutoencoderConfig
-from miniflux.networks.mmdit import MMDiT, MMDiTConfig
+from miniflux.networks.mmdit import MMDiT, MMDiTConfig, MMDiTInputs
 from miniflux.networks.t5 import T5, T5Config
 from miniflux.plan import GIB, MARGIN, WAYS, activations, expect, main, nbytes, report, without_numbers
 from miniflux.tiny.export import write_mmdit
@@ -95,7 +95,7 @@ def test_what_an_offloaded_model_takes_is_what_was_measured(mode):
     """Parts that are converted when they come are made by operations, as copies on a GPU are."""
     flux = medium(torch.bfloat16)
     offloaded = offload(flux, "cpu", mode, dtype=torch.float32)
-    tensors = [tensor for part in (offloaded.t5, offloaded.mmdit, *offloaded.mmdit.apart, offloaded.autoencoder) for *_, tensor in slots(part)]
+    tensors = [tensor for part in (offloaded.t5, offloaded.mmdit, *offloaded.mmdit.precomputed, offloaded.autoencoder) for *_, tensor in slots(part)]
     staying = sum(tensor.nbytes for tensor in tensors if tensor.dtype == torch.float32)
     with Alive(*tensors) as alive:
         paint(offloaded)
@@ -122,8 +122,9 @@ def test_what_each_network_holds_while_it_computes_is_what_was_measured(part, si
     with Alive(*tensors) as alive, attention_backend("sdpa"):
         if part == "mmdit":
             like, n = flux.mmdit.img_in.weight, (size // 16) ** 2
-            flux.mmdit(torch.randn(2, n, 64).to(like), torch.randn(2, 64, 128).to(like), torch.randn(2, 24).to(like), torch.ones(2).to(like),
-                       torch.ones(2).to(like), torch.zeros(n, 3).long(), torch.zeros(64, 3).long())
+            img, txt, pooled = (torch.randn(2, *shape).to(like) for shape in ((n, 64), (64, 128), (24,)))
+            ones, img_ids, txt_ids = torch.ones(2).to(like), torch.zeros(n, 3).long(), torch.zeros(64, 3).long()
+            flux.mmdit(MMDiTInputs(img, txt, pooled, ones, ones, img_ids, txt_ids))
         elif part == "t5":
             flux.t5(torch.zeros(1, size, dtype=torch.long))
         else:

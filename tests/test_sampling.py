@@ -15,7 +15,7 @@ from miniflux.sampling import (
     flow_matching_loss,
     image_ids,
     interpolate,
-    keep,
+    keep_known,
     logit_normal_times,
     noise,
     patchify,
@@ -112,7 +112,7 @@ def test_what_is_kept_arrives_at_its_latents_whatever_the_model_says():
     z, eps, mask, ts = torch.randn(1, 2, 4, 4), torch.randn(1, 2, 4, 4), torch.zeros(1, 1, 4, 4, dtype=torch.bool), [0.9, 0.6, 0.2, 0.0]
     mask[..., :2] = True
     seen = []
-    x = euler(keep(lambda x, t: torch.ones_like(x), mask, eps - z), 0.9 * eps + 0.1 * z, ts, lambda step, t, x: seen.append((t, x)))
+    x = euler(keep_known(lambda x, t: torch.ones_like(x), mask, eps - z), 0.9 * eps + 0.1 * z, ts, lambda step, t, x: seen.append((t, x)))
     assert all(torch.allclose(x[..., 2:], (t * eps + (1 - t) * z)[..., 2:], atol=1e-6) for t, x in seen)
     assert torch.allclose(x[..., 2:], z[..., 2:], atol=1e-6) and torch.allclose(x[..., :2], (0.9 * eps + 0.1 * z - 0.9)[..., :2], atol=1e-6)
 

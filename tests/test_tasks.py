@@ -27,7 +27,7 @@ from miniflux import (
     redux_prompt,
 )
 from miniflux.images import fit
-from miniflux.kontext_edit import PREFERRED, seen_size
+from miniflux.kontext_edit import PREFERRED, reference_size
 from miniflux.latents import encode
 
 SMALL = dict(steps=2, max_text_tokens=8, progress=False)
@@ -188,7 +188,7 @@ def test_the_result_has_the_pictures_shape_at_the_models_number_of_pixels(models
     """The small model's square is 32 x 32."""
     channels, paint = ALL[task]
     photo, hole = Image.new("RGB", (400, 100)), Image.new("L", (400, 100), 255)
-    expected = (64, 16) if "kontext" not in task else seen_size(models[64], (400, 100), True)
+    expected = (64, 16) if "kontext" not in task else reference_size(models[64], (400, 100), True)
     assert paint(models[channels], photo, hole, **SMALL)[0].size == expected
     assert paint(models[channels], photo, hole, width=32, **SMALL)[0].size[0] == 32
     assert paint(models[channels], photo, hole, width=32, height=48, **SMALL)[0].size == (32, 48)
@@ -198,8 +198,8 @@ def test_the_result_has_the_pictures_shape_at_the_models_number_of_pixels(models
                                             ((1360, 768), (1392, 752)), ((8, 9), (1024, 1024))])
 def test_kontext_sees_one_of_seventeen_shapes(flux, size, expected):
     full = replace(flux, config=replace(flux.config, size=1024))
-    assert seen_size(full, size, True) == expected and len(set(PREFERRED)) == 17
-    assert seen_size(full, size, False) == tuple(max(n // 16 * 16, 16) for n in size)
+    assert reference_size(full, size, True) == expected and len(set(PREFERRED)) == 17
+    assert reference_size(full, size, False) == tuple(max(n // 16 * 16, 16) for n in size)
 
 
 def test_kontext_paints_exactly_the_size_that_is_asked_for(flux, picture):
@@ -285,7 +285,7 @@ def test_pictures_that_are_missing_or_do_not_match_get_one_sentence(models, pict
         control(models[128], "an owl", None, **SMALL)
     with pytest.raises(ValueError, match="the images of one call must have one size, got 32 x 48, 64 x 64"):
         kontext_edit(models[64], "an owl", [Image.new("RGB", (64, 64)), Image.new("RGB", (32, 48))], **SMALL)
-    with pytest.raises(ValueError, match="3 pictures are given for 2 to paint"):
+    with pytest.raises(ValueError, match="3 images are given for 2 to paint"):
         image_to_image(models[64], ["an owl", "a cat"], [picture] * 3, **SMALL)
     with pytest.raises(ValueError, match="the mask is empty"):
         fill(models[384], "an owl", picture, Image.new("L", (64, 48)), **SMALL)

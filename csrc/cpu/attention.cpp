@@ -21,7 +21,8 @@ static int64_t round_up(int64_t n) { return (n + BLOCK - 1) / BLOCK * BLOCK; }
 struct Floats {
     float* data;
 
-    explicit Floats(int64_t n) : data(static_cast<float*>(std::aligned_alloc(64, round_up(n) * sizeof(float)))) {
+    explicit Floats(int64_t n)
+        : data(static_cast<float*>(std::aligned_alloc(64, round_up(n) * sizeof(float)))) {
         if (!data) throw std::bad_alloc();
     }
     Floats(const Floats&) = delete;

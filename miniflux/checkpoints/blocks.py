@@ -5,6 +5,7 @@ formats have blocks of 256 in sub-blocks of 16 or 32, whose own small integer sc
 
     Q4_0, Q5_0, Q8_0     w = d · (q - zero)                 Q4_1, Q5_1     w = d · q + m
     Q3_K, Q6_K           w = d · s · (q - zero)             Q2_K, Q4_K, Q5_K     w = d · s · q - dmin · m
+    IQ4_NL               w = d · table[q]                   IQ4_XS               w = d · s · table[q]
 
 Each function takes the bytes of n blocks (n, bytes a block) and returns their numbers (n, numbers a block) in float32.
 Reference: ggml's `ggml-quants.c`; `gguf.quants` of gguf-py, which computes in float32 too.
@@ -105,9 +106,39 @@ def q6_k(x: Tensor) -> Tensor:
     return (halves(d) * s.view(torch.int8).float())[..., None] * (q.reshape(len(x), 16, 16).float() - 32)
 
 
+# Sixteen levels, closer together around zero.
+IQ4_TABLE = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+
+
+def look_up_iq4(q: Tensor) -> Tensor:
+    """Four-bit numbers -> their levels, float32."""
+    return torch.tensor(IQ4_TABLE, dtype=torch.float32, device=q.device)[q.int()]
+
+
+def iq4_nl(x: Tensor) -> Tensor:
+    d, q = x.split([2, 16], dim=-1)
+    return halves(d) * look_up_iq4(low_then_high(q))
+
+
+def iq4_xs(x: Tensor) -> Tensor:
+    d, high, low, q = x.split([2, 2, 4, 128], dim=-1)
+    low = bits(low[..., None], (0, 4), 15).flatten(1)                           # (n, 8)
+    high = bits(high[..., None], (0, 2, 4, 6), 3).flatten(1)                    # (n, 8)
+    scales = (low | high << 4).float() - 32
+    q = low_then_high(q.unflatten(-1, (8, 16)))                                 # (n, 8, 32)
+    return (halves(d) * scales)[..., None] * look_up_iq4(q)
+
+
 # Name -> (its number in the files, numbers a block, bytes a block, bytes -> numbers).
 BLOCKS: dict[str, tuple[int, int, int, Callable[[Tensor], Tensor]]] = {
     "Q4_0": (2, 32, 18, q4_0), "Q4_1": (3, 32, 20, q4_1), "Q5_0": (6, 32, 22, q5_0), "Q5_1": (7, 32, 24, q5_1),
     "Q8_0": (8, 32, 34, q8_0), "Q2_K": (10, 256, 84, q2_k), "Q3_K": (11, 256, 110, q3_k), "Q4_K": (12, 256, 144, q4_k),
     "Q5_K": (13, 256, 176, q5_k), "Q6_K": (14, 256, 210, q6_k),
+    "IQ4_NL": (20, 32, 18, iq4_nl), "IQ4_XS": (23, 256, 136, iq4_xs),
+}
+# The numbers of the formats that are not read here, for the error's sentence.
+OTHER_BLOCKS = {
+    9: "Q8_1", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 21: "IQ3_S",
+    22: "IQ2_S", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 29: "IQ1_M", 34: "TQ1_0", 35: "TQ2_0",
+    39: "MXFP4", 40: "NVFP4", 41: "Q1_0",
 }

@@ -3,26 +3,32 @@
 from pathlib import Path
 
 from . import layouts
-from .formats import PICKLES, listing, read_header, read_json
+from .formats import PICKLES, SAFETENSORS, listing, read_json
 from .hub import (
     OFFICIAL,
     SHIPPED,
     cache_folder,
     find_in_cache,
     find_or_download,
+    find_repo_file,
     is_repo,
     shipped_adapters,
+    split_repo_file,
 )
+from .names import WHOLE_MODEL, find_prefix
 
 # Where each part may lie in a folder, the best place first: the diffusers layout, then the original one.
 PARTS = {
-    "transformer": ("transformer/*.safetensors", "flux1*.safetensors", "flux1*.gguf", "transformer"),
-    "vae": ("vae/*.safetensors", "ae.safetensors", "vae"),
-    "text_encoder": ("text_encoder/*.safetensors", "clip_l*.safetensors", "text_encoder"),
-    "text_encoder_2": ("text_encoder_2/*.safetensors", "t5xxl*.safetensors", "t5*.gguf", "text_encoder_2"),
+    "transformer": ("transformer/*.safetensors", "flux1*.safetensors", "flux1*.sft", "flux1*.gguf",
+                    "transformer"),
+    "vae": ("vae/*.safetensors", "ae.safetensors", "ae.sft", "vae"),
+    "text_encoder": ("text_encoder/*.safetensors", "clip_l*.safetensors", "clip_l*.sft",
+                     "text_encoder"),
+    "text_encoder_2": ("text_encoder_2/*.safetensors", "t5xxl*.safetensors", "t5xxl*.sft",
+                       "t5*.gguf", "text_encoder_2"),
     "tokenizer": ("tokenizer",),
     "tokenizer_2": ("tokenizer_2",),
-    "image_embedder": ("image_embedder", "flux1-redux*.safetensors"),
+    "image_embedder": ("image_embedder", "flux1-redux*.safetensors", "flux1-redux*.sft"),
 }
 # Where the text encoders come from when a folder in the original layout brings none.
 TEXT_ENCODERS = {"": "openai/clip-vit-large-patch14", "_2": "google/t5-v1_1-xxl"}
@@ -51,10 +57,23 @@ def find_source(source: str | Path) -> Path:
         return find_or_download(OFFICIAL[name])
     if (path := Path(source).expanduser()).exists():
         return path
+    if found := split_repo_file(name):
+        return find_repo_file(*found)
     if is_repo(name):
         return find_or_download(name)
     raise FileNotFoundError(f"{name!r} is neither a folder nor a known model: expected {', '.join([*shipped, *OFFICIAL])}, "
                             "a Hub id such as black-forest-labs/FLUX.1-dev, or the path of a checkpoint")
+
+
+def find_transformer(source: str | Path) -> Path:
+    """The file or folder of a transformer that replaces another: a path, or a file on the Hub."""
+    path = Path(source).expanduser()
+    if path.exists():
+        return path
+    if found := split_repo_file(str(source)):
+        return find_repo_file(*found)
+    raise FileNotFoundError(f"the transformer {source} does not exist: expected a file or a folder, "
+                            "or a file on the Hub, owner/name/file.safetensors")
 
 
 def find_part(folder: Path, part: str) -> list[Path]:
@@ -91,10 +110,12 @@ def find_parts(folder: Path, transformer: Path | None = None) -> dict[str, Path]
 
 def find_parts_in_file(path: Path, transformer: Path | None = None) -> dict[str, Path]:
     """The same for a single file that holds a whole model, as ComfyUI's do."""
-    names = read_header(path)[0] if path.suffix == ".safetensors" else ()
-    files = {part: path for part, prefix in layouts.PREFIXES.items() if any(name.startswith(prefix) for name in names)}
+    known = path.suffix in (*SAFETENSORS, ".gguf")
+    names = layouts.tensor_names(path) if known else []
+    files = {part: path for part in WHOLE_MODEL if find_prefix(names, part) is not None}
     if not {"transformer", "vae"} <= set(files):
-        raise ValueError(f"{path} is a file without a whole model: load a folder, and give a single file as transformer=")
+        raise ValueError(f"{path} is a file without a whole model: "
+                         "load a folder, and give a single file as transformer=")
     return with_cached_encoders(files | ({"transformer": transformer} if transformer else {}))
 
 
@@ -104,7 +125,7 @@ def with_cached_encoders(files: dict[str, Path]) -> dict[str, Path]:
         for suffix, repo in TEXT_ENCODERS.items():
             if snapshot := find_in_cache(repo):
                 files.setdefault("tokenizer" + suffix, snapshot)
-                if any(path.suffix in (".safetensors", *PICKLES) for path in snapshot.iterdir()):
+                if any(path.suffix in (*SAFETENSORS, *PICKLES) for path in snapshot.iterdir()):
                     files.setdefault("text_encoder" + suffix, snapshot)
     return files
 

@@ -12,6 +12,7 @@ file. Nothing is ever unpickled.
 import json
 import math
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -30,6 +31,7 @@ DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }
+SAFETENSORS = (".safetensors", ".sft")      # the second is the name of the first official files
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
@@ -196,25 +198,51 @@ def unsafe(path: Path) -> ValueError:
 
 
 def read_sharded(folder: Path, stem: str, apart: Callable[[str], bool] = lambda name: False) -> dict[str, Tensor]:
-    """`folder/stem.safetensors`, or all shards that `folder/stem.safetensors.index.json` names."""
-    single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
-    if not index.exists():
-        if not single.exists() and (pickles := sorted(path for path in folder.glob("*") if path.suffix in PICKLES)):
-            raise unsafe(pickles[0])
-        return read_safetensors(single, apart)
+    """All tensors of a folder: of `stem.safetensors`, or of the shards that its index names; else of
+    the only variant of it, such as `stem.fp16.safetensors`."""
+    file = find_weights(folder, stem)
+    if file.suffix != ".json":
+        return read_safetensors(file, apart)
+    tensors: dict[str, Tensor] = {}
+    weight_map = read_weight_map(file)
+    for shard in sorted(set(weight_map.values())):
+        if not (folder / shard).is_file():
+            raise FileNotFoundError(f"{folder / shard} does not exist, though {file.name} names it: finish the download")
+        tensors |= read_safetensors(folder / shard, apart)
+    if missing := sorted(set(weight_map) - set(tensors)):
+        raise ValueError(f"the shards of {file} lack {listing(missing)}")
+    return tensors
+
+
+def find_weights(folder: Path, stem: str) -> Path:
+    """The file of weights of a folder, or the index of its shards."""
+    usual = [folder / f"{stem}.safetensors.index.json",
+             *(folder / f"{stem}{suffix}" for suffix in SAFETENSORS)]
+    if found := [path for path in usual if path.exists()]:
+        return found[0]
+    # Note: diffusers writes stem.safetensors.index.fp16.json, others stem.fp16.safetensors.index.json.
+    variants = sorted(path for path in folder.glob(f"{stem}.*")
+                      if re.search(r"\.index(\.\w+)?\.json$", path.name)
+                      or path.suffix in SAFETENSORS and not re.search(r"-of-\d+\.", path.name))
+    if len(variants) > 1:
+        raise ValueError(f"{folder} has the weights {listing([path.name for path in variants])}: "
+                         f"leave one of them, or call one {stem}.safetensors")
+    if variants:
+        return variants[0]
+    if pickles := sorted(path for path in folder.glob("*") if path.suffix in PICKLES):
+        raise unsafe(pickles[0])
+    return folder / f"{stem}.safetensors"
+
+
+def read_weight_map(index: Path) -> dict[str, str]:
+    """{tensor: the shard that holds it}, from the index of a folder's shards."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
         raise ValueError(f"{index} has no weight_map from tensor names to files")
-    tensors: dict[str, Tensor] = {}
-    for shard in sorted(set(weight_map.values())):
-        if Path(shard).name != shard or not shard.endswith(".safetensors"):
+    for shard in weight_map.values():
+        if Path(shard).name != shard or not shard.endswith(SAFETENSORS):
             raise ValueError(f"{index} names the file {shard!r:.80}: expected a safetensors file within its own folder")
-        if not (folder / shard).is_file():
-            raise FileNotFoundError(f"{folder / shard} does not exist, though {index.name} names it: finish the download")
-        tensors |= read_safetensors(folder / shard, apart)
-    if missing := sorted(set(weight_map) - set(tensors)):
-        raise ValueError(f"the shards of {index} lack {listing(missing)}")
-    return tensors
+    return weight_map
 
 
 def read_json(path: Path) -> dict:

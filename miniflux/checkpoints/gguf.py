@@ -10,16 +10,17 @@ checked against the file before it is used. Reference: ggml's `docs/gguf.md`; `g
 """
 
 import struct
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from .blocks import BLOCKS
+from .blocks import BLOCKS, OTHER_BLOCKS
 from .formats import view
 from .packed import Packed, State
 
-PLAIN = {0: torch.float32, 1: torch.float16, 30: torch.bfloat16}
+PLAIN = {0: torch.float32, 1: torch.float16, 28: torch.float64, 30: torch.bfloat16}
 KINDS = {number: (kind, numbers, size) for kind, (number, numbers, size, _) in BLOCKS.items()}
 SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}   # bytes of a value of each type
 STRING, ARRAY, UINT32 = 8, 9, 4
@@ -63,17 +64,42 @@ class Header:
 
 
 def read_gguf(path: Path) -> State:
-    """All tensors of a file in torch's shapes, mapped from disk: plain ones, and quantised ones as `Packed`.
+    """All tensors of a file in torch's shapes, mapped from disk; quantised ones as `Packed`.
 
-    Raises FileNotFoundError, or ValueError for a file that is truncated, corrupt or holds a type that is not known."""
+    Raises FileNotFoundError; ValueError for a file that is truncated or corrupt, or that holds
+    tensors in a format that is not read here."""
+    with one_sentence(path):
+        data = mapped(path)
+        entries, start = read_header(Header(data))
+    for name, (_, kind, _) in entries.items():
+        if kind in OTHER_BLOCKS:
+            raise ValueError(f"{path}: the tensor {name} is in the format {OTHER_BLOCKS[kind]}, which "
+                             f"is not read here: expected one of F32, F16, BF16, {', '.join(BLOCKS)}")
+    with one_sentence(path):
+        return {name: read_tensor(data[start:], *entry) for name, entry in entries.items()}
+
+
+def gguf_names(path: Path) -> list[str]:
+    """The names of a file's tensors, from its header."""
+    with one_sentence(path):
+        return list(read_header(Header(mapped(path)))[0])
+
+
+def mapped(path: Path) -> np.ndarray:
+    """The bytes of a file, which stay on disk."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: expected a GGUF file")
+    return np.memmap(path, np.uint8, mode="c") if path.stat().st_size else np.empty(0, np.uint8)
+
+
+@contextmanager
+def one_sentence(path: Path):
+    """What goes wrong within is a ValueError that names the file."""
     try:
-        data = np.memmap(path, np.uint8, mode="c") if path.stat().st_size else np.empty(0, np.uint8)
-        entries, start = read_header(Header(data))
-        return {name: read_tensor(data[start:], *entry) for name, entry in entries.items()}
+        yield
     except (ValueError, KeyError, OverflowError, struct.error) as error:
-        raise ValueError(f"{path} is not a complete GGUF file of a known kind ({str(error):.100}): download or save it again") from None
+        raise ValueError(f"{path} is not a complete GGUF file of a known kind ({str(error):.100}): "
+                         "download or save it again") from None
 
 
 def read_header(header: Header) -> tuple[dict[str, tuple], int]:

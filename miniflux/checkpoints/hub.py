@@ -4,10 +4,18 @@ The cache is read directly, so nothing has to be installed to use what is alread
 package `huggingface_hub` (`pip install "miniflux-torch[hub]"`).
 """
 
+import logging
 import os
+import re
 from collections.abc import Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 
+from .formats import SAFETENSORS, listing, read_json, read_weight_map
+
+log = logging.getLogger("miniflux")
+
+WEIGHT_FILES = (*SAFETENSORS, ".gguf")
 SHIPPED = Path(__file__).parents[1] / "tiny" / "weights"
 # What a shipped folder is with this file directly in it.
 SHIPPED_ADAPTERS = {"pytorch_lora_weights.safetensors": "LoRA", "diffusion_pytorch_model.safetensors": "ControlNet",
@@ -27,14 +35,27 @@ OFFICIAL = {
 WANTED = ["model_index.json", "scheduler/*", "text_encoder*/*", "tokenizer*/*", "transformer/*", "vae/*", "image_encoder/*",
           "image_embedder/*"]
 # In a snapshot that is more than a few stray files.
-WEIGHTS = ["transformer/*.safetensors", "flux1*.safetensors", "image_embedder/*.safetensors"]
-NETWORK = ["*.json", "*.safetensors"]              # of a repository that holds a single network
+WEIGHTS = ["transformer/*.safetensors", "flux1*.safetensors", "flux1*.sft", "flux1*.gguf",
+           "image_embedder/*.safetensors"]
+# The files of an adapter's repository or folder that are taken without being named.
+USUAL = {"LoRA": ("pytorch_lora_weights.safetensors", "adapter_model.safetensors"),
+         "IP-Adapter": ("ip_adapter.safetensors",)}
+# One of these makes a part of a pipeline whole. A scheduler is a JSON file, a tokenizer several.
+PART_FILES = ("*.safetensors", "scheduler_config.json", "tokenizer.json", "vocab.json", "spiece.model")
 
 
 def cache_folder() -> Path:
-    """The folder `hub` of the Hugging Face cache, as the environment variables place it."""
-    home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
-    return Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub").expanduser()
+    """The folder `hub` of the Hugging Face cache, where the environment variables place it.
+
+    The same rules as in `huggingface_hub.constants`, which reads the variables only once."""
+    def expand(path: str) -> str:
+        return os.path.expandvars(os.path.expanduser(path))
+
+    caches = os.getenv("XDG_CACHE_HOME", os.path.join(os.path.expanduser("~"), ".cache"))
+    home = expand(os.getenv("HF_HOME", os.path.join(caches, "huggingface")))
+    # Note: the second name is the old one; the new one comes first.
+    old = os.getenv("HUGGINGFACE_HUB_CACHE", os.path.join(home, "hub"))
+    return Path(expand(os.getenv("HF_HUB_CACHE", old)))
 
 
 def find_in_cache(repo: str) -> Path | None:
@@ -49,7 +70,15 @@ def find_in_cache(repo: str) -> Path | None:
 
 def is_repo(name: str) -> bool:
     """Whether this may be the name of a repository, "owner/name"."""
-    return name.count("/") == 1 and not name.startswith((".", "/", "~")) and not name.endswith(".safetensors")
+    return bool(re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name)) and not name.endswith(WEIGHT_FILES)
+
+
+def split_repo_file(name: str) -> tuple[str, str] | None:
+    """("owner/name", "path/file.safetensors") if this may be a file of a repository, else None."""
+    owner, _, rest = name.partition("/")
+    repo, _, file = rest.partition("/")
+    is_file = file.endswith(WEIGHT_FILES) and ".." not in file.split("/")
+    return (f"{owner}/{repo}", file) if is_file and is_repo(f"{owner}/{repo}") else None
 
 
 def shipped_adapters() -> dict[str, str]:
@@ -58,49 +87,158 @@ def shipped_adapters() -> dict[str, str]:
 
 
 def find_network(source: str | Path, what: str) -> Path:
-    """The file or folder of a single network, a shipped one's too, or the snapshot folder of its repository."""
+    """The file or folder of a single network.
+
+    source: a shipped name, a path, a Hub id, or a file of a repository, "owner/name/path/file.safetensors".
+    what: "LoRA", "ControlNet", ...: which shipped ones count, and the word of the errors."""
     shipped = [name for name, kind in shipped_adapters().items() if kind == what]
-    if isinstance(source, str) and source in shipped:                           # names come before paths, as in `find_source`
+    # Note: names come before paths, as in `find_source`.
+    if isinstance(source, str) and source in shipped:
         return SHIPPED / source
     if (path := Path(source).expanduser()).exists():
         return path
+    if found := split_repo_file(str(source)):
+        return find_repo_file(*found)
     if is_repo(str(source)):
-        return find_or_download(str(source), NETWORK, NETWORK[1:])
-    raise FileNotFoundError(f"the {what} {source} does not exist: expected a file, a folder or a Hub id" + ", or ".join(["", *shipped]))
+        return find_repo_network(str(source), what)
+    raise FileNotFoundError(f"the {what} {source} does not exist: expected a file, a folder or a Hub id"
+                            + ", or ".join(["", *shipped]))
 
 
 def find_file(path: Path, what: str, usual: Sequence[str] = ()) -> Path:
-    """The file of a network that is a single one: this, or of a folder the first usual one that is there, or else the only one."""
+    """The file of a network that is a single one: this, or of a folder the first usual one that is
+    there, or else the only one."""
     if not path.is_dir():
         return path
     for name in usual:
         if (path / name).is_file():
             return path / name
-    if len(files := sorted(path.glob("*.safetensors"))) != 1:
-        raise ValueError(f"{path} has {len(files)} safetensors files: name the {what}'s")
+    files = sorted(file for file in path.iterdir() if file.suffix in SAFETENSORS)
+    if not files:
+        raise ValueError(f"{path} has no safetensors file: expected a {what}'s")
+    if len(files) > 1:
+        raise ValueError(f"{path} has {len(files)} safetensors files: name the {what}'s, one of "
+                         f"{listing([file.name for file in files])}")
     return files[0]
 
 
-def find_or_download(repo: str, wanted: list[str] = WANTED, weights: list[str] = WEIGHTS) -> Path:
-    """The snapshot folder of a repository, by default of a FLUX.1 model; if it is not in the cache, or without its weights,
-    `huggingface_hub` downloads what is wanted.
+# ------------------------------------------------------------------------------------ repositories
 
-    Raises FileNotFoundError with what to do when it cannot be had."""
+
+def find_or_download(repo: str, wanted: list[str] = WANTED, weights: list[str] = WEIGHTS) -> Path:
+    """The snapshot folder of a repository, by default of a FLUX.1 model. What it lacks is downloaded
+    by `huggingface_hub`, of the files that are wanted.
+
+    Raises FileNotFoundError with what to do when nothing can be had."""
     snapshot = find_in_cache(repo)
-    if snapshot and any(any(snapshot.glob(pattern)) for pattern in weights):
+    has_weights = bool(snapshot) and any(any(snapshot.glob(pattern)) for pattern in weights)
+    missing = missing_files(snapshot) if has_weights else []
+    if has_weights and not missing:
         return snapshot
     try:
-        from huggingface_hub import snapshot_download
-    except ImportError:
-        if snapshot:
-            return snapshot                                 # the loader says what it lacks
-        raise FileNotFoundError(f'{repo} is not in {cache_folder()}: `pip install "miniflux-torch[hub]"` to download it, '
-                                "or give a folder that holds it") from None
+        return download(repo, wanted)
+    except FileNotFoundError as error:
+        if has_weights or (snapshot and not has_hub()):
+            # Where it matters, the loader names what is not there.
+            log.warning("%s in the cache lacks %s; %s", repo, listing(missing or weights[:1]), error)
+            return snapshot
+        raise
+
+
+def missing_files(snapshot: Path) -> list[str]:
+    """What a snapshot lacks for certain: shards that an index names, and parts of a pipeline."""
+    missing = []
+    for index in sorted([*snapshot.glob("*.index*.json"), *snapshot.glob("*/*.index*.json")]):
+        shards = sorted(set(read_weight_map(index).values()))
+        missing += [f"{index.parent.name}/{shard}" for shard in shards
+                    if not (index.parent / shard).is_file()]
+    index, folder = snapshot / "model_index.json", snapshot / "transformer"
+    if index.is_file() and any(folder.glob("*.safetensors")):
+        wanted = [pattern.removesuffix("/*") for pattern in WANTED]
+        for part, kind in read_json(index).items():
+            is_part = isinstance(kind, list) and None not in kind
+            if is_part and any(fnmatch(part, pattern) for pattern in wanted):
+                if not any(any((snapshot / part).glob(pattern)) for pattern in PART_FILES):
+                    missing.append(f"{part}/")
+    return missing
+
+
+def find_repo_file(repo: str, file: str) -> Path:
+    """One file of a repository, from the cache, else from the Hub; with the config beside it."""
+    snapshot = find_in_cache(repo)
+    if snapshot and (snapshot / file).is_file():
+        return snapshot / file
+    folder = file.rpartition("/")[0]
+    configs = [f"{folder}/{name}".lstrip("/") for name in ("adapter_config.json", "config.json")]
+    path = download(repo, [file, *configs]) / file
+    if not path.is_file():
+        raise FileNotFoundError(f"{repo} on the Hub has no file {file}")
+    return path
+
+
+def find_repo_network(repo: str, what: str) -> Path:
+    """The snapshot folder of a repository that holds a single network; of one with several adapters
+    nothing is downloaded: the error lists them."""
+    snapshot = find_in_cache(repo)
+    has_weights = bool(snapshot) and any(path.suffix in SAFETENSORS for path in snapshot.iterdir())
+    if has_weights and not missing_files(snapshot):
+        return snapshot
     try:
-        return Path(snapshot_download(repo, allow_patterns=wanted, cache_dir=cache_folder()))
-    except Exception as error:                              # the hub's errors have many types and many lines
+        names = list_files(repo)
+    except FileNotFoundError as error:
+        if not has_weights:
+            raise
+        log.warning("%s in the cache lacks %s; %s", repo, listing(missing_files(snapshot)), error)
+        return snapshot
+    top = [name for name in names if "/" not in name]
+    weights = [name for name in top if name.endswith(SAFETENSORS)]
+    if usual := [name for name in USUAL.get(what, ()) if name in weights][:1]:
+        weights = usual
+    if "config.json" not in top and len(weights) != 1 or what == "LoRA" and len(weights) != 1:
+        everywhere = sorted(name for name in names if name.endswith(SAFETENSORS))
+        if not everywhere:
+            raise ValueError(f"{repo} on the Hub has no safetensors file: expected a {what}'s")
+        raise ValueError(f"{repo} on the Hub has {len(everywhere)} files: name the {what}'s, as in "
+                         f"{repo}/{everywhere[0]}; there are {listing(everywhere)}")
+    return download(repo, [*weights, *(name for name in top if name.endswith(".json"))])
+
+
+# ----------------------------------------------------------------------------------------- the Hub
+
+
+def has_hub() -> bool:
+    """Whether `huggingface_hub` is installed."""
+    try:
+        import huggingface_hub  # noqa: F401  (only whether it is there)
+    except ImportError:
+        return False
+    return True
+
+
+def download(repo: str, wanted: list[str]) -> Path:
+    """The snapshot folder of a repository, in which all wanted files are there."""
+    return Path(ask_hub(repo, "snapshot_download", allow_patterns=wanted, cache_dir=cache_folder()))
+
+
+def list_files(repo: str) -> list[str]:
+    """The names of the files of a repository on the Hub."""
+    return list(ask_hub(repo, "list_repo_files"))
+
+
+def ask_hub(repo: str, function: str, **keywords):
+    """Calls a function of `huggingface_hub` with a repository. Whatever goes wrong is a
+    FileNotFoundError with what to do."""
+    try:
+        import huggingface_hub
+    except ImportError:
+        raise FileNotFoundError(f'{repo} is not in {cache_folder()}: `pip install "miniflux-torch[hub]"` '
+                                "to download it, or give a folder that holds it") from None
+    try:
+        return getattr(huggingface_hub, function)(repo, **keywords)
+    except Exception as error:                              # the hub's errors have many types and lines
         kind = type(error).__name__
+        is_gated = "Gated" in kind or "403" in str(error)
         advice = (f"accept its licence at https://huggingface.co/{repo} and log in with `hf auth login`"
-                  if "Gated" in kind or "403" in str(error) else
+                  if is_gated else
                   "check the name and the network connection, or give a folder that holds it")
         raise FileNotFoundError(f"{repo} could not be downloaded ({kind}): {advice}") from None

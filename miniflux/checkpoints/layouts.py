@@ -17,8 +17,9 @@ from ..networks.mmdit import MMDiT, MMDiTConfig
 from ..networks.siglip import ReduxConfig, ReduxEmbedder, SigLIP, SigLIPConfig
 from ..networks.t5 import T5, T5Config
 from .building import build, check_class, pick
-from .formats import listing, read_json, read_safetensors, read_sharded
-from .gguf import read_gguf
+from .formats import listing, read_header, read_json, read_safetensors, read_sharded
+from .gguf import gguf_names, read_gguf
+from .hub import find_file
 from .names import (
     autoencoder_from_diffusers,
     autoencoder_levels,
@@ -27,28 +28,30 @@ from .names import (
     is_joined,
     mmdit_from_diffusers,
     t5_from_gguf,
+    without_prefix,
 )
 from .packed import State, pack_state
 
-# What names begin with in ComfyUI's files; those that hold a whole model have all of them.
-PREFIXES = {"transformer": "model.diffusion_model.", "vae": "vae.", "text_encoder": "text_encoders.clip_l.transformer.",
-            "text_encoder_2": "text_encoders.t5xxl.transformer."}
 CLIP_VISION = "openai/clip-vit-large-patch14"
 
 
 def read_file(path: Path, part: str, apart: Callable[[str], bool] = lambda name: False) -> State:
-    """The tensors of a part of a model from a safetensors or GGUF file that holds it alone or among others; quantised ones packed."""
+    """The tensors of a part from a safetensors or GGUF file that holds it alone or among others.
+    Quantised ones are packed."""
     if path.suffix == ".gguf":
-        return read_gguf(path)
-    state, prefix = read_safetensors(path, apart), PREFIXES.get(part, "")
-    if any(name.startswith(prefix) for name in state):
-        state = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
-    return pack_state(state, path)
+        return without_prefix(read_gguf(path), part)
+    return pack_state(without_prefix(read_safetensors(path, apart), part), path)
 
 
-def read_folder(path: Path, stem: str, apart: Callable[[str], bool] = lambda name: False) -> State:
-    """The tensors of a folder of diffusers or transformers, quantised ones packed."""
-    return pack_state(read_sharded(path, stem, apart), path)
+def read_folder(path: Path, part: str, stem: str,
+                apart: Callable[[str], bool] = lambda name: False) -> State:
+    """The tensors of a part from its folder. Quantised ones are packed."""
+    return pack_state(without_prefix(read_sharded(path, stem, apart), part), path)
+
+
+def tensor_names(path: Path) -> list[str]:
+    """The names of a file's tensors, from its header."""
+    return gguf_names(path) if path.suffix == ".gguf" else list(read_header(path)[0])
 
 
 def load_mmdit(path: Path, device="cpu", dtype=None) -> MMDiT:
@@ -56,7 +59,7 @@ def load_mmdit(path: Path, device="cpu", dtype=None) -> MMDiT:
     with ComfyUI's prefix)."""
     if path.is_dir():
         config = mmdit_config(read_json(path / "config.json"), path / "config.json")
-        state = mmdit_from_diffusers(read_folder(path, "diffusion_pytorch_model", is_joined))
+        state = mmdit_from_diffusers(read_folder(path, "transformer", "diffusion_pytorch_model", is_joined))
         return build(MMDiT, config, state, path, device, dtype)
     state = read_file(path, "transformer", is_joined)
     if "x_embedder.weight" in state:
@@ -121,13 +124,11 @@ def load_controlnet(path: Path, device="cpu", dtype=None) -> ControlNet:
         values = {"num_layers": 19, "num_single_layers": 38} | mmdit_values(values, source) | {
             "num_mode": values.get("num_mode") or 0, "hint": values.get("conditioning_embedding_channels") is not None}
         config = pick(ControlNetConfig, values, MMDIT_FIELDS | {"modes": "num_mode", "hint": "hint"}, source)
-        state = controlnet_from_any(read_folder(path, "diffusion_pytorch_model", is_joined))
+        state = controlnet_from_any(
+            read_folder(path, "controlnet", "diffusion_pytorch_model", is_joined))
         return build(ControlNet, config, state, path, device, dtype)
     if path.is_dir():
-        files = sorted(path.glob("*.safetensors"))
-        if len(files) != 1:
-            raise ValueError(f"{path} has no config.json and {len(files)} safetensors files: name the ControlNet's file")
-        path = files[0]
+        path = find_file(path, "ControlNet")
     state = controlnet_from_any(read_file(path, "controlnet", is_joined))
     if "controlnet_x_embedder.weight" not in state:
         raise ValueError(f"{path} is not a FLUX ControlNet: it has neither controlnet_x_embedder nor pos_embed_input")
@@ -140,7 +141,7 @@ def load_autoencoder(path: Path, device="cpu", dtype=None) -> Autoencoder:
     """The autoencoder from a folder `vae/` or from a single file such as `ae.safetensors`."""
     if path.is_dir():
         config = autoencoder_config(read_json(path / "config.json"), path / "config.json")
-        state = autoencoder_from_diffusers(read_sharded(path, "diffusion_pytorch_model"))
+        state = autoencoder_from_diffusers(read_folder(path, "vae", "diffusion_pytorch_model"))
         return build(Autoencoder, config, state, path, device, dtype)
     state = read_file(path, "vae")
     if "encoder.conv_norm_out.weight" in state:
@@ -181,7 +182,7 @@ def autoencoder_config_from_tensors(state: State, source: Path) -> AutoencoderCo
 def load_clip(path: Path, device="cpu", dtype=None) -> CLIPText:
     """CLIP's text tower from a folder with a config.json, or from a single file such as `clip_l.safetensors`."""
     config = clip_config(read_json(path / "config.json"), path / "config.json") if path.is_dir() else None
-    state = read_folder(path, "model") if path.is_dir() else read_file(path, "text_encoder")
+    state = read_folder(path, "text_encoder", "model") if path.is_dir() else read_file(path, "text_encoder")
     # Note: newer transformers leave the prefix out; whole CLIP files bring a vision tower and projections along.
     state = {k if k.startswith("text_model.") else f"text_model.{k}": v for k, v in state.items()
              if k.startswith(("text_model.", "embeddings.", "encoder.", "final_layer_norm.")) and not k.endswith("position_ids")}
@@ -225,7 +226,7 @@ def load_t5(path: Path, device="cpu", dtype=None) -> T5:
     """The T5 encoder from a folder with a config.json, or from a single file such as `t5xxl_fp16.safetensors` or a GGUF file."""
     values = read_json(path / "config.json") if path.is_dir() else {}
     check_class(values, ("T5EncoderModel", "T5ForConditionalGeneration"), path / "config.json")
-    state = read_folder(path, "model") if path.is_dir() else t5_from_gguf(read_file(path, "text_encoder_2"))
+    state = read_folder(path, "text_encoder_2", "model") if path.is_dir() else t5_from_gguf(read_file(path, "text_encoder_2"))
     # Note: some files hold the embedding under two names, or under the second.
     state = {k.replace("encoder.embed_tokens.", "shared."): v for k, v in state.items() if k.startswith(("shared.", "encoder."))}
     return build(T5, t5_config(values, state, path), state, path, device, dtype)

@@ -6,7 +6,7 @@ shift), and the autoencoder's 1x1 convolutions are linear layers there.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -188,6 +188,45 @@ def mmdit_to_diffusers(state: State) -> State:
                 pieces = tensor.tensor_split([hidden * i for i in range(1, len(parts))])  # q, k, v (hidden rows each), mlp
                 result |= {f"{part}.{theirs}": piece for part, piece in zip(parts, pieces)}
     return result
+
+
+# A tensor that every file of a part has, as the layouts call it: what precedes it is a prefix.
+ANCHORS = {
+    "transformer": ("img_in.weight", "x_embedder.weight"),
+    "controlnet": ("controlnet_x_embedder.weight", "pos_embed_input.weight"),
+    "vae": ("encoder.conv_in.weight",),
+    "text_encoder": ("text_model.embeddings.token_embedding.weight",
+                     "embeddings.token_embedding.weight"),
+    "text_encoder_2": ("shared.weight", "encoder.embed_tokens.weight", "token_embd.weight"),
+}
+# The prefixes of a part in files that hold a whole model (ComfyUI's, stable-diffusion.cpp's).
+WHOLE_MODEL = {
+    "transformer": ("model.diffusion_model.",),
+    "vae": ("vae.", "first_stage_model."),
+    "text_encoder": ("text_encoders.clip_l.transformer.",),
+    "text_encoder_2": ("text_encoders.t5xxl.transformer.",),
+}
+# What torch.compile, FSDP and activation checkpointing put into names, at any place.
+WRAPPERS = re.compile(r"_orig_mod\.|_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.")
+
+
+def find_prefix(names: Iterable[str], part: str) -> str | None:
+    """What the names of a part begin with ("model.", ...); None if the part is not among them."""
+    prefixes = {name.removesuffix(anchor) for name in names for anchor in ANCHORS[part]
+                if name == anchor or name.endswith(f".{anchor}")}
+    whole = [prefix for prefix in WHOLE_MODEL.get(part, ()) if prefix in prefixes]
+    # Note: of CLIP's two anchors one ends with the other.
+    return (whole or sorted(prefixes, key=len) or [None])[0]
+
+
+def without_prefix(state: dict, part: str) -> dict:
+    """The tensors of a part under their own names. Of a whole model the other parts are left out;
+    otherwise names without the prefix are passed on for the strict loader to report."""
+    state = {WRAPPERS.sub("", name): tensor for name, tensor in state.items()}
+    prefix = find_prefix(state, part) or ""
+    if prefix in WHOLE_MODEL.get(part, ()):
+        state = {name: tensor for name, tensor in state.items() if name.startswith(prefix)}
+    return {name.removeprefix(prefix): tensor for name, tensor in state.items()}
 
 
 def t5_from_gguf(state: State) -> State:

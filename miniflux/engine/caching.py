@@ -16,18 +16,17 @@ simply taking fewer steps. Seam: model -> model. Reference: diffusers' `FirstBlo
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
-from torch.utils.weak import WeakIdKeyDictionary
+from torch import Tensor
 
 from ..flux import Flux
 from ..images import check_number
-from ..networks.mmdit import KeysValues
-from .around import around
+from ..networks.mmdit import MMDiT, MMDiTInputs
 from .distributed import add_up
+from .wrapping import shallow_copy, wrap_forward, wrap_in_place
 
 METHODS: dict[str, dict] = {"first_block": {"threshold": 0.05}, "taylor": {"interval": 5, "warmup": 3, "order": 1}}
 
@@ -57,86 +56,69 @@ def cache(flux: Flux, method: str = "first_block", *, threshold: float | None = 
     return replace(flux, mmdit=mmdit)
 
 
-class Streams:
-    """A memory for each stream of prompts of each call, which goes when the call's encoded prompts go.
+class CacheStates:
+    """What a cache remembers of each prompt that is being sampled, in the memory of that prompt's velocity.
 
-    Note: a stream is known by its tensor `vec`, the same in all steps: the positive and the negative pass have different ones. Whoever
-    paints twice with one tensor begins again where the time rises."""
+    Note: both passes of true CFG, and all calls, have velocities and so memories of their own. A velocity that is
+    used twice begins anew where the time rises."""
 
     def __init__(self, new: type):
-        self.new, self.known = new, WeakIdKeyDictionary()
+        self.new = new
 
-    def of(self, vec: Tensor, t: Tensor):
-        stream, time = self.known.get(vec), float(t[0])
-        if stream is None or time > stream.time:
-            stream = self.known[vec] = self.new()
-        stream.time = time
-        return stream
+    def state_for(self, inputs: MMDiTInputs):
+        memory = {} if inputs.memory is None else inputs.memory
+        time = float(inputs.t[0]) if inputs.time is None else inputs.time
+        state = memory.get(self)
+        if state is None or time > state.time:
+            state = memory[self] = self.new()
+        state.time = time
+        return state
 
 
 # ---------------------------------------------------------------------------------------------------------- first block
 
 
-class Remembered:
-    """Of one stream: what the first block added in the last full step, and the other blocks after it: (B, N, hidden)."""
+class BlockCache:
+    """For one prompt: what the first block added in the last full step, and the others after it, both (B, N, hidden)."""
 
     first: Tensor | None = None
     others: Tensor | None = None
-    skip: bool = False                                      # whether this step leaves the other blocks out
 
 
 class FirstBlock:
-    """What becomes of the transformer and its parts."""
+    """Wraps `MMDiT.run_blocks`."""
 
     def __init__(self, threshold: float):
-        self.threshold, self.streams = threshold, Streams(Remembered)
+        self.threshold = threshold
+        self.states = CacheStates(BlockCache)
 
-    def transformer(self, call, img: Tensor, txt: Tensor, vec: Tensor, t: Tensor, guidance: Tensor | None, img_ids: Tensor,
-                    txt_ids: Tensor, residuals: Sequence[Tensor | None] | None = None,
-                    image_kv: Sequence[KeysValues] | None = None) -> Tensor:
-        self.now = self.streams.of(vec, t)
-        # Note: the residuals of ControlNets are this step's, also where blocks are left out, so they are no part of what is remembered.
-        self.given = sum(residual for residual in residuals or () if residual is not None)
-        v = call(img, txt, vec, t, guidance, img_ids, txt_ids, residuals, image_kv)
-        del self.now, self.given, self.start
-        return v
-
-    def first(self, call, img: Tensor, txt: Tensor, vec: Tensor, pe: Tensor, kv: KeysValues = ()) -> tuple[Tensor, Tensor]:
-        out, txt = call(img, txt, vec, pe, kv)
+    def __call__(self, mmdit: MMDiT, run_blocks: Callable, img: Tensor, txt: Tensor, vec: Tensor, pe: Tensor,
+                 inputs: MMDiTInputs) -> Tensor:
+        state = self.states.state_for(inputs)
+        kv = inputs.image_kv[0] if inputs.image_kv else ()
+        out, txt = mmdit.double_blocks[0](img, txt, vec, pe, kv)                # (B, N, hidden), (B, L, hidden)
         added = out - img
-        self.now.skip = self.now.first is not None and change(added, self.now.first) <= self.threshold
-        if not self.now.skip:
-            self.now.first = added
-        self.start = out + self.given
-        return out, txt
-
-    def double(self, call, img: Tensor, txt: Tensor, *inputs) -> tuple[Tensor, Tensor]:
-        return (img, txt) if self.now.skip else call(img, txt, *inputs)
-
-    def single(self, call, x: Tensor, *inputs) -> Tensor:
-        return x if self.now.skip else call(x, *inputs)
-
-    def last(self, call, img: Tensor, vec: Tensor) -> Tensor:
-        if self.now.skip:
-            img = img + self.now.others
-        else:
-            self.now.others = img - self.start
-        return call(img, vec)
+        # Note: the residuals of ControlNets are this step's even where blocks are skipped, so none is remembered.
+        residuals = [0 if residual is None else residual for residual in inputs.residuals or (0,)]
+        skip = state.first is not None and relative_change(added, state.first) <= self.threshold
+        if skip:
+            return out + sum(residuals) + state.others
+        end = run_blocks(out + residuals[0], txt, vec, pe, inputs, first=1)     # (B, N, hidden)
+        state.first = added
+        state.others = end - (out + sum(residuals))
+        return end
 
 
-def change(now: Tensor, before: Tensor) -> float:
+def relative_change(now: Tensor, before: Tensor) -> float:
     """mean |now - before| / mean |before|; of the whole picture also where each process has a part of it."""
     difference, size = add_up(torch.stack([x.abs().sum(dtype=torch.float32) for x in (now - before, before)])).tolist()
     return difference / size if size else math.inf
 
 
-def first_block(mmdit: nn.Module, threshold: float) -> nn.Module:
-    cache = FirstBlock(threshold)
-    first, *doubles = mmdit.double_blocks
-    return around(
-        mmdit, cache.transformer, final_layer=around(mmdit.final_layer, cache.last),
-        double_blocks=nn.ModuleList([around(first, cache.first), *(around(block, cache.double) for block in doubles)]),
-        single_blocks=nn.ModuleList(around(block, cache.single) for block in mmdit.single_blocks))
+def first_block(mmdit: MMDiT, threshold: float) -> MMDiT:
+    copied = shallow_copy(mmdit)
+    wrap_in_place(copied, "run_blocks", FirstBlock(threshold))
+    return copied
 
 
 # --------------------------------------------------------------------------------------------------------------- Taylor
@@ -159,16 +141,24 @@ class Series:
         return sum(factor * (delta**k / math.factorial(k)) for k, factor in enumerate(self.factors))
 
 
-def taylor(mmdit: nn.Module, interval: int, warmup: int, order: int) -> nn.Module:
-    streams = Streams(Series)
+class Taylor:
+    """Wraps the transformer's `forward`."""
 
-    def transformer(call, img: Tensor, txt: Tensor, vec: Tensor, t: Tensor, *inputs, **named) -> Tensor:
-        series = streams.of(vec, t)
+    def __init__(self, interval: int, warmup: int, order: int):
+        self.interval = interval
+        self.warmup = warmup
+        self.order = order
+        self.states = CacheStates(Series)
+
+    def __call__(self, mmdit: MMDiT, call: Callable, inputs: MMDiTInputs) -> Tensor:
+        series = self.states.state_for(inputs)
         series.step += 1
-        if series.step >= warmup and (series.step - warmup - 1) % interval:
-            return series.predict().to(img.dtype)
-        v = call(img, txt, vec, t, *inputs, **named)
-        series.update(v, order)
+        if series.step >= self.warmup and (series.step - self.warmup - 1) % self.interval:
+            return series.predict().to(inputs.img.dtype)
+        v = call(inputs)                                                        # (B, N, out_channels)
+        series.update(v, self.order)
         return v
 
-    return around(mmdit, transformer)
+
+def taylor(mmdit: MMDiT, interval: int, warmup: int, order: int) -> MMDiT:
+    return wrap_forward(mmdit, Taylor(interval, warmup, order))

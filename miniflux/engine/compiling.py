@@ -8,13 +8,14 @@ symbols in the graphs. Seam: model -> model. Reference: diffusers' `compile_repe
 """
 
 from dataclasses import replace
-from types import MethodType
+from functools import lru_cache
+from collections.abc import Callable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..flux import Flux
-from .around import with_parts
+from .wrapping import shallow_copy, wrap_in_place
 
 
 def compile(flux: Flux, backend: str = "inductor") -> Flux:
@@ -27,16 +28,36 @@ def compile(flux: Flux, backend: str = "inductor") -> Flux:
     for feature in ("cached", "distributed", "compiled"):
         if hasattr(flux.mmdit, feature):
             raise ValueError(f"this model is {feature} already: compile the model as it was before")
-    graphs: dict = {}
 
     def compiled(block: nn.Module) -> nn.Module:
-        forward, copied = block.forward.__func__, with_parts(block)
-        # Note: the function of the class, to which the block is one more input, not the block's own method: or each block is another graph.
-        graph = graphs.setdefault(forward, torch.compile(forward, backend=backend, dynamic=True))
-        copied.forward = MethodType(graph, copied)
+        copied = shallow_copy(block)
+        # Note: innermost, as the graph computes all that the block itself does; what else surrounds it stays around.
+        wrap_in_place(copied, "forward", Compiled(type(block), backend), innermost=True)
         return copied
 
     lists = {name: nn.ModuleList(map(compiled, getattr(flux.mmdit, name))) for name in ("double_blocks", "single_blocks")}
-    mmdit = with_parts(flux.mmdit, **lists)
+    mmdit = shallow_copy(flux.mmdit, **lists)
     mmdit.compiled = True
     return replace(flux, mmdit=mmdit)
+
+
+@lru_cache
+def graph_of(kind: type[nn.Module], backend: str | Callable) -> Callable:
+    """One graph for all blocks of a kind."""
+    # Note: the function of the class, to which the block is one more input; the block's own method would make each
+    # block another graph.
+    return torch.compile(kind.forward, backend=backend, dynamic=True)
+
+
+class Compiled:
+    """Wraps a block's `forward`; when it is unpickled, it compiles again."""
+
+    def __init__(self, kind: type[nn.Module], backend: str | Callable):
+        self.kind = kind
+        self.backend = backend
+
+    def __call__(self, block: nn.Module, call: Callable, *inputs) -> Tensor | tuple[Tensor, Tensor]:
+        if not torch.is_grad_enabled():
+            # Note: a view of another tensor would be a graph of its own, and the first block's inputs may be views.
+            inputs = tuple(x.detach() if isinstance(x, Tensor) else x for x in inputs)
+        return graph_of(self.kind, self.backend)(block, *inputs)

@@ -30,16 +30,15 @@ from functools import partial
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils.weak import WeakIdKeyDictionary
 
 from ..checkpoints.packed import PackedLinear
 from ..devices import find_device
 from ..flux import Flux
 from ..networks.attention import attention_through
-from ..networks.mmdit import KeysValues, MMDiT
+from ..networks.mmdit import MMDiT, MMDiTInputs
 from ..networks.t5 import T5
-from .around import around, with_parts
 from .offload import change_networks
+from .wrapping import shallow_copy, wrap_forward
 
 _shared = False                                             # whether this process computes a share of a step just now
 _store = None                                               # where the processes leave notes for each other
@@ -150,10 +149,10 @@ def distribute(flux: Flux, shard: bool = False) -> Flux:
     if dist.get_world_size() == 1:
         return flux
     flux = change_networks(flux, sharded) if shard else flux
-    mmdit, autoencoder = around(flux.mmdit, Shares()), flux.autoencoder
+    mmdit, autoencoder = wrap_forward(flux.mmdit, Shares()), flux.autoencoder
     mmdit.distributed = True
     if autoencoder is not None:
-        autoencoder = with_parts(autoencoder, decoder=around(autoencoder.decoder, decode_share))
+        autoencoder = shallow_copy(autoencoder, decoder=wrap_forward(autoencoder.decoder, decode_share))
     return replace(flux, mmdit=mmdit, autoencoder=autoencoder)
 
 
@@ -174,35 +173,37 @@ def gather(x: Tensor, n: int, dim: int) -> Tensor:
 
 
 @together()
-def decode_share(call, z: Tensor) -> Tensor:
+def decode_share(decoder: nn.Module, call: Callable, z: Tensor) -> Tensor:
     if len(z) % dist.get_world_size():
         return call(z)
     return gather(call(share(z, 0)), len(z), 0)
 
 
 class Shares:
-    """The transformer's forward: this process's share of the pictures, or of the tokens; then the whole velocity."""
-
-    def __init__(self):
-        self.vecs = WeakIdKeyDictionary()
+    """Wraps the transformer's `forward`: this process's share of the pictures, or of the tokens; then the whole velocity."""
 
     @together()
-    def __call__(self, call, img: Tensor, txt: Tensor, vec: Tensor, t: Tensor, guidance: Tensor | None, img_ids: Tensor, txt_ids: Tensor,
-                 residuals: Sequence[Tensor | None] | None = None, image_kv: Sequence[KeysValues] | None = None) -> Tensor:
-        B, N = img.shape[:2]
-        if B % dist.get_world_size() == 0 and isinstance(vec, Tensor):           # modulation ahead of time is that of all pictures
-            # Note: the same tensor at each step, by which caches know their stream; and a copy, since a view would keep `vec` for ever.
-            mine = self.vecs.setdefault(vec, share(vec, 0).clone())
-            image_kv = image_kv and [[(k, v) if len(k) == 1 else (share(k, 0), share(v, 0)) for k, v in kv] for kv in image_kv]
+    def __call__(self, mmdit: MMDiT, call: Callable, inputs: MMDiTInputs) -> Tensor:
+        B, N = inputs.img.shape[:2]
+        # Note: modulation that is precomputed is that of all pictures.
+        if B % dist.get_world_size() == 0 and isinstance(inputs.pooled, Tensor):
             with shared():
-                v = call(share(img, 0), share(txt, 0), mine, share(t, 0), share(guidance, 0), img_ids, txt_ids,
-                         residuals and [share(residual, 0) for residual in residuals], image_kv)
-            return gather(v, B, 0)
+                return gather(call(share_images(inputs)), B, 0)
         # Note: the positions of all tokens, since attention sees all of them.
-        with shared(), attention_through(partial(ulysses, even(txt.shape[1]), even(N))):
-            v = call(share(img, 1), share(txt, 1), vec, t, guidance, img_ids, txt_ids,
-                     residuals and [share(residual, 1) for residual in residuals], image_kv)
+        mine = inputs._replace(img=share(inputs.img, 1), txt=share(inputs.txt, 1),
+                               residuals=inputs.residuals and [share(residual, 1) for residual in inputs.residuals])
+        with shared(), attention_through(partial(ulysses, even(inputs.txt.shape[1]), even(N))):
+            v = call(mine)
         return gather(v, N, 1)
+
+
+def share_images(inputs: MMDiTInputs) -> MMDiTInputs:
+    """This process's share of the images of a batch."""
+    parts = {name: share(getattr(inputs, name), 0) for name in ("img", "txt", "pooled", "t", "guidance")}
+    residuals = inputs.residuals and [share(residual, 0) for residual in inputs.residuals]
+    image_kv = inputs.image_kv and [
+        [(k, v) if len(k) == 1 else (share(k, 0), share(v, 0)) for k, v in kv] for kv in inputs.image_kv]
+    return inputs._replace(**parts, residuals=residuals, image_kv=image_kv)
 
 
 def ulysses(text: list[int], image: list[int], attention: Callable, qkv: Tensor, pe: Tensor, image_scale: Tensor,

@@ -11,40 +11,43 @@ Seam: model -> model. `generate` does it for a model whose modulation is apart; 
 A model that lies on its device as a whole would save none, and is left alone.
 """
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from ..flux import Flux
-from ..networks.mmdit import MMDiT
-from .around import with_parts
+from ..networks.mmdit import MMDiT, MMDiTInputs
+from .wrapping import shallow_copy, wrap_in_place
 
 LIMIT = 128                # vectors (steps x pictures) that are ahead of time at once: 270 MB of them for FLUX.1 in bfloat16
 
-Row = list[tuple[Tensor, ...] | Tensor]                     # what each modulation layer says at one time
+ModulationRow = list[tuple[Tensor, ...] | Tensor]                     # what each modulation layer says at one time
 
 
 def precompute_modulation(flux: Flux) -> Flux:
-    """The model whose modulation layers are apart from its transformer, in `flux.mmdit.apart`, and run before the steps.
+    """The model whose modulation layers are apart from its transformer, in `flux.mmdit.precomputed`, and run before the steps.
 
     Its parts share their weights with the given model, which stays as it is. LoRAs of these layers are added before."""
-    if hasattr(flux.mmdit, "apart"):
+    if hasattr(flux.mmdit, "precomputed"):
         return flux
     mmdit, layers = flux.mmdit, []
 
-    def apart(layer: nn.Module) -> nn.Module:
+    def precomputed(layer: nn.Module) -> nn.Module:
         layers.append(layer)
-        return LookUp(len(layers) - 1)
+        return PrecomputedLayer(len(layers) - 1)
 
-    double = [with_parts(block, img_mod=apart(block.img_mod), txt_mod=apart(block.txt_mod)) for block in mmdit.double_blocks]
-    single = [with_parts(block, modulation=apart(block.modulation)) for block in mmdit.single_blocks]
-    final = with_parts(mmdit.final_layer, adaLN_modulation=apart(mmdit.final_layer.adaLN_modulation))
-    embedders = {name: LookUp() for name in ("time_in", "guidance_in", "vector_in") if hasattr(mmdit, name)}
-    rest = with_parts(mmdit, double_blocks=nn.ModuleList(double), single_blocks=nn.ModuleList(single), final_layer=final, **embedders)
-    rest.conditioning = look_up
-    rest.apart = (Modulations(mmdit, layers),)              # Note: in a tuple, or it would be a part of the transformer again
+    double = [shallow_copy(block, img_mod=precomputed(block.img_mod), txt_mod=precomputed(block.txt_mod)) for block in mmdit.double_blocks]
+    single = [shallow_copy(block, modulation=precomputed(block.modulation)) for block in mmdit.single_blocks]
+    final = shallow_copy(mmdit.final_layer, adaLN_modulation=precomputed(mmdit.final_layer.adaLN_modulation))
+    embedders = {name: PrecomputedLayer() for name in ("time_in", "guidance_in", "vector_in") if hasattr(mmdit, name)}
+    rest = shallow_copy(mmdit, double_blocks=nn.ModuleList(double), single_blocks=nn.ModuleList(single), final_layer=final, **embedders)
+    wrap_in_place(rest, "conditioning", lookup_conditioning)
+    wrap_in_place(rest, "prepare", prepare)
+    wrap_in_place(rest, "forward", look_up_row)
+    rest.precomputed = (Modulations(mmdit, layers),)              # Note: in a tuple, or it would be a part of the transformer again
     return replace(flux, mmdit=rest)
 
 
@@ -70,23 +73,29 @@ class Modulations(nn.Module):
         super().__init__()
         self.embedders, self.layers = Embedders(mmdit), nn.ModuleList(layers)
 
-    def forward(self, vec: Tensor, times: Sequence[Tensor], guidance: Tensor | None) -> list[Row]:
+    def forward(self, vec: Tensor, times: Sequence[Tensor], guidance: Tensor | None) -> list[ModulationRow]:
         vecs = self.embedders(vec, times, guidance)
         # Note: time by time, as the steps would; one product for all of them would round otherwise.
         return [list(row) for row in zip(*([layer(vec) for vec in vecs] for layer in self.layers))]
 
-    def __deepcopy__(self, _) -> "Modulations":
-        return self                                         # a copy of the transformer, such as one with LoRAs, shares it
+    def __deepcopy__(self, memo: dict) -> "Modulations":
+        # Note: a copy that shares the transformer's weights, such as one with LoRAs, shares these too: its memo holds
+        # weights that are their own copies.
+        if any(isinstance(value, Tensor) and id(value) == key for key, value in memo.items()):
+            return self
+        copied = memo[id(self)] = shallow_copy(self)
+        vars(copied).update(copy.deepcopy(vars(self), memo))
+        return copied
 
 
-class LookUp(nn.Module):
+class PrecomputedLayer(nn.Module):
     """Stands where a modulation layer was, or what makes the vector it acts on."""
 
     def __init__(self, number: int | None = None):
         super().__init__()
         self.number = number
 
-    def forward(self, row: Row) -> tuple[Tensor, ...] | Tensor:
+    def forward(self, row: ModulationRow) -> tuple[Tensor, ...] | Tensor:
         return row[self.number]
 
     def __getattr__(self, name: str):
@@ -95,35 +104,47 @@ class LookUp(nn.Module):
         return super().__getattr__(name)
 
 
-class Ahead:
-    """All that the modulation says in a call; enters the transformer in the place of the pooled prompts."""
+class PrecomputedModulation:
+    """The modulation of one call; enters the transformer in the place of the pooled prompts."""
 
-    def __init__(self, layers: Modulations, vec: Tensor, guidance: float, ts: Sequence[float]):
-        self.layers, self.vec, self.rows = layers, vec, {}
-        self.guidance = self.per_picture(guidance) if layers.embedders.config.guidance_embed else None
-        self.times = [self.per_picture(t) for t in ts[:-1]]                     # nothing is asked at the last one
+    def __init__(self, layers: Modulations, pooled: Tensor, guidance: float, ts: Sequence[float]):
+        self.layers = layers
+        self.pooled = pooled
+        self.guidance = self.per_image(guidance) if layers.embedders.config.guidance_embed else None
+        self.times = list(ts[:-1])                                              # the last one, 0, is never asked for
+        self.rows: dict[float, ModulationRow] = {}
 
     def __len__(self) -> int:
-        return len(self.vec)
+        return len(self.pooled)
 
-    def per_picture(self, value: float) -> Tensor:
-        return torch.full((len(self.vec),), value, dtype=self.vec.dtype, device=self.vec.device)
+    def per_image(self, value: float) -> Tensor:
+        return torch.full((len(self),), value, dtype=self.pooled.dtype, device=self.pooled.device)
 
-    def at(self, t: Tensor) -> Row:
-        """The row of the time t (B,); with it come those of the times after it, as many as the limit allows."""
-        if (time := float(t[0])) not in self.rows:
-            times = [t, *(later for later in self.times if later[0] < t[0])][:max(1, LIMIT // len(self))]
-            self.rows = {float(t[0]): row for t, row in zip(times, self.layers(self.vec, times, self.guidance))}
-        return self.rows[time]
+    def at(self, inputs: MMDiTInputs) -> ModulationRow:
+        """The row of a step; with it come those of the times after it, as many as the limit allows."""
+        if inputs.time is None:
+            row, = self.layers(self.pooled, [inputs.t], self.guidance)
+            return row
+        if inputs.time not in self.rows:
+            times = [inputs.time, *(t for t in self.times if t < inputs.time)][:max(1, LIMIT // len(self))]
+            rows = self.layers(self.pooled, [self.per_image(t) for t in times], self.guidance)
+            self.rows = dict(zip(times, rows))
+        return self.rows[inputs.time]
 
 
-def modulations(mmdit: MMDiT, vec: Tensor, guidance: float, ts: Sequence[float]) -> Tensor | Ahead:
-    """What the transformer is to be given as `vec` along the times ts: vec itself (B, ·), unless its modulation is apart."""
-    return Ahead(*mmdit.apart, vec, guidance, ts) if hasattr(mmdit, "apart") else vec
+def prepare(mmdit: MMDiT, call: Callable, pooled: Tensor, guidance: float, ts: Sequence[float]) -> PrecomputedModulation:
+    """Wraps `MMDiT.prepare`."""
+    return PrecomputedModulation(*mmdit.precomputed, pooled, guidance, ts)
 
 
-def look_up(vec: Ahead, t: Tensor, guidance: Tensor | None) -> Row:
-    """In the place of `MMDiT.conditioning`."""
-    if not isinstance(vec, Ahead):
-        raise ValueError("this transformer's modulation is apart: give it modulations(mmdit, vec, guidance, ts) as vec")
-    return vec.at(t)
+def look_up_row(mmdit: MMDiT, call: Callable, inputs: MMDiTInputs) -> Tensor:
+    """Wraps the transformer's `forward`."""
+    if not isinstance(inputs.pooled, PrecomputedModulation):
+        raise ValueError("the modulation of this transformer is precomputed: give it mmdit.prepare(pooled, guidance, ts) "
+                         "as pooled")
+    return call(inputs._replace(pooled=inputs.pooled.at(inputs)))
+
+
+def lookup_conditioning(mmdit: MMDiT, call: Callable, row: ModulationRow, t: Tensor, guidance: Tensor | None) -> ModulationRow:
+    """Wraps `MMDiT.conditioning`: the row stands where the conditioning vector would, and each layer takes its own of it."""
+    return row

@@ -33,8 +33,8 @@ from ..networks.autoencoder import Autoencoder
 from ..networks.mmdit import MMDiT
 from ..networks.siglip import SigLIP
 from ..networks.t5 import T5
-from .around import with_parts
 from .modulation import Modulations, precompute_modulation
+from .wrapping import shallow_copy
 
 MODES = ("modulation", "model", "block", "leaf", "disk")
 # Note: these stay even when all else goes: they tell the others where the network is, and in which dtype it wants its input.
@@ -74,7 +74,7 @@ def change_networks(flux: Flux, change: Callable[[nn.Module], nn.Module]) -> Flu
 
 def own(module: nn.Module) -> nn.Module:
     """A copy of a network that shares every weight, but holds each of them itself."""
-    return with_parts(module, **{name: own(child) for name, child in module.named_children()})
+    return shallow_copy(module, **{name: own(child) for name, child in module.named_children()})
 
 
 def takers(network: nn.Module, mode: str) -> list[nn.Module]:
@@ -156,13 +156,13 @@ class Turns:
             if self.stream:
                 part.register_forward_hook(self.pass_on)
         network.turns = self
-        if hasattr(network, "apart"):
+        if hasattr(network, "precomputed"):
             # Note: with turns of its own, as the transformer calls it while it has its own turn.
             # On the CPU, whose memory is the device's, what is to leave it goes to the disk.
             mode = "disk" if self.mode == "modulation" and self.device.type == "cpu" else self.mode
             apart = Turns(self.device, self.dtype, self.prefetch, mode)
-            network.apart = tuple(apart.rule(layers) for layers in network.apart)
-            network.apart[0].register_forward_hook(apart.clear)
+            network.precomputed = tuple(apart.rule(layers) for layers in network.precomputed)
+            network.precomputed[0].register_forward_hook(apart.clear)
         return network
 
     def map(self, going: list[Slot]) -> None:
@@ -184,7 +184,8 @@ class Turns:
 
     def to_device(self, value):
         if isinstance(value, (list, tuple)):
-            return type(value)(map(self.to_device, value))
+            moved = map(self.to_device, value)
+            return type(value)(*moved) if hasattr(value, "_fields") else type(value)(moved)
         if isinstance(value, Tensor):
             return value.to(self.device, self.dtype if value.is_floating_point() else None)
         return value

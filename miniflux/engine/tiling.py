@@ -14,14 +14,14 @@ larger than a tile is decoded whole, as without. Seam: model -> model. Reference
 """
 
 from collections.abc import Callable
-from dataclasses import replace
-from functools import partial
+from dataclasses import dataclass, replace
+from fractions import Fraction
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..flux import Flux
-from .around import around, with_parts
+from .wrapping import shallow_copy, wrap_forward
 
 
 def tile(flux: Flux, size: int | None = None) -> Flux:
@@ -34,15 +34,26 @@ def tile(flux: Flux, size: int | None = None) -> Flux:
     size, down = flux.config.size if size is None else size, flux.autoencoder.config.downscale
     if type(size) is not int or size < 4 * down or size % (4 * down):
         raise ValueError(f"the size of a tile is {size!r}: expected a multiple of {4 * down} pixels, whose quarter is whole latent pixels")
-    encoder = around(flux.autoencoder.encoder, partial(one_by_one, size=size, scaled=lambda pixels: pixels // down))
-    decoder = around(flux.autoencoder.decoder, partial(one_by_one, size=size // down, scaled=lambda latents: latents * down))
-    return replace(flux, autoencoder=with_parts(flux.autoencoder, encoder=encoder, decoder=decoder))
+    encoder = wrap_forward(flux.autoencoder.encoder, OneByOne(size, Fraction(1, down)))
+    decoder = wrap_forward(flux.autoencoder.decoder, OneByOne(size // down, Fraction(down)))
+    return replace(flux, autoencoder=shallow_copy(flux.autoencoder, encoder=encoder, decoder=decoder))
 
 
-def one_by_one(call: Callable, x: Tensor, size: int, scaled: Callable[[int], int]) -> Tensor:
-    """call(x) for x (B, C, h, w), one picture after the other, in tiles where they are larger than `size`."""
-    whole = max(x.shape[2:]) <= size
-    return torch.cat([call(picture) if whole else in_tiles(call, picture, size, scaled) for picture in x.split(1)])
+@dataclass(frozen=True)
+class OneByOne:
+    """Wraps a `forward`: images (B, C, h, w) one after the other, in tiles where a side is larger than `size`.
+
+    scale: a side after the call, divided by that side before it."""
+
+    size: int
+    scale: Fraction
+
+    def __call__(self, module: nn.Module, call: Callable, x: Tensor) -> Tensor:
+        whole = max(x.shape[2:]) <= self.size
+        return torch.cat([call(image) if whole else in_tiles(call, image, self.size, self.scaled) for image in x.split(1)])
+
+    def scaled(self, side: int) -> int:
+        return int(side * self.scale)
 
 
 def in_tiles(call: Callable, x: Tensor, size: int, scaled: Callable[[int], int]) -> Tensor:

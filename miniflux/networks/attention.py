@@ -116,16 +116,24 @@ def attention_through(function: Callable | None):
         _through = previous
 
 
-def choose(qkv: Tensor, gradients: bool) -> str:
+def choose(qkv: Tensor, pe: Tensor, image: Tensor, text: Tensor) -> str:
     """The fastest backend for these tensors."""
     if qkv.device.type == "mps":
         return "chunked"
-    # With CUDA nothing has been measured yet; there the kernels work for those who ask for them by name.
-    if gradients or qkv.device.type != "cpu" or native.refusal(qkv):
+    # With CUDA nothing has been measured yet; there the kernels work for those who ask by name.
+    # In modes and transforms the kernels cannot be seen; compiled graphs hold them as one operation.
+    if (
+        qkv.device.type != "cpu"
+        or not (native.is_eager() or torch.compiler.is_compiling())
+        or native.needs_gradients(qkv, pe, image, text)
+        or native.refusal(qkv, pe, image, text)
+    ):
         return "sdpa"
-    # Measured on two cores: the kernel takes 0.55 to 0.9 of the time of norm_rope from 96 tokens to 4608, and as long from 8704 on,
-    # where its packed copy of keys and values would be nothing but memory.
-    return "native" if qkv.shape[1] <= 4608 else "norm_rope"
+    if qkv.shape[1] <= 4608:
+        return "native"
+    # Measured on two cores: the kernel takes 0.55 to 0.9 of the time of norm_rope from 96 tokens to
+    # 4608, and as long from 8704 on, where its packed copy of keys and values is only memory.
+    return "sdpa" if native.elements_overlap(qkv) else "norm_rope"
 
 
 def attention(qkv: Tensor, pe: Tensor, image: Tensor, text: Tensor | None = None, L: int = 0, backend: str | None = None) -> Tensor:
@@ -137,12 +145,20 @@ def attention(qkv: Tensor, pe: Tensor, image: Tensor, text: Tensor | None = None
         with attention_through(None):
             return through(partial(attention, backend=backend), qkv, pe, image, text, L)
     text = image if text is None else text
-    name = backend or _backend
-    check(qkv, pe, image, text, L, name)
-    if name == "auto":
-        name = choose(qkv, native.needs_gradients(qkv, image, text))
+    return compute(backend or _backend, qkv, pe, image, text, L)
+
+
+def compute(name: str, qkv: Tensor, pe: Tensor, image: Tensor, text: Tensor, L: int) -> Tensor:
+    """The attention of one backend."""
+    if name not in BACKENDS:
+        raise ValueError(f"there is no attention backend {name!r}: expected one of {', '.join(BACKENDS)}")
+    if name not in ("native", "norm_rope"):                                     # these check for themselves
+        native.check(qkv, pe, image, text, L)
+    chosen = name == "auto"
+    if chosen:
+        name = choose(qkv, pe, image, text)
     if name == "native":
-        return native.attention(qkv, pe, image, text, L)
+        return native.attention(qkv, pe, image, text, L, checked=chosen)
     if name == "norm_rope":
         q, k, v = native.norm_rope(qkv, pe, image, text, L).permute(2, 0, 3, 1, 4)
         x = F.scaled_dot_product_attention(q, k, v)                             # (B, H, S, D)
@@ -151,24 +167,7 @@ def attention(qkv: Tensor, pe: Tensor, image: Tensor, text: Tensor | None = None
     return x.transpose(1, 2).flatten(2)                                         # (B, S, H·D)
 
 
-def check(qkv: Tensor, pe: Tensor, image: Tensor, text: Tensor, L: int, backend: str) -> None:
-    """Says what does not fit together: the compiled kernels follow addresses without a second look."""
-    if backend not in BACKENDS:
-        raise ValueError(f"there is no attention backend {backend!r}: expected one of {', '.join(BACKENDS)}")
-    if qkv.ndim != 5 or qkv.shape[2] != 3 or qkv.shape[4] % 2 or not qkv.is_floating_point():
-        raise ValueError(f"qkv is {qkv.dtype} {tuple(qkv.shape)}: expected floating-point numbers (B, S, 3, H, D) with an even D")
-    S, D = qkv.shape[1], qkv.shape[4]
-    if pe.shape != (S, D // 2, 2, 2) or pe.dtype != torch.float32:
-        raise ValueError(f"the RoPE table is {pe.dtype} {tuple(pe.shape)}: expected float32 {(S, D // 2, 2, 2)}, "
-                         "a matrix for each token and pair of channels")
-    if image.shape != (2, D) or text.shape != (2, D) or not 0 <= L <= S:
-        raise ValueError(f"the scales of image and text are {tuple(image.shape)} and {tuple(text.shape)}, for {L} text tokens of {S}: "
-                         f"expected {(2, D)} each, for queries and keys, and 0 to {S} text tokens")
-    if not qkv.device == pe.device == image.device == text.device:
-        raise ValueError(f"qkv, RoPE table and scales lie on {qkv.device}, {pe.device}, {image.device} and {text.device}: "
-                         "expected one device")
-    if backend in ("native", "norm_rope") and (reason := native.refusal(qkv)):
-        raise ValueError(f"the attention backend {backend!r} cannot be used here: {reason}")
+native.register_gradients(partial(compute, "sdpa"))
 
 
 def look(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -34,7 +34,6 @@ and `src/flux/modules/layers.py` of the original repository.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import repeat
 from typing import NamedTuple
 
 import torch
@@ -90,11 +89,8 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
     x: tokens (B, S, hidden).
     shift, scale: (B, 1, hidden), the same for all tokens of a sequence."""
-    if shift.shape == scale.shape == (len(x), 1, x.shape[-1]) and native.takes(x, shift, scale):
-        return native.modulate(x, shift, scale)             # the same formula, compiled
     # LayerNorm has no weights of its own here: the conditioning supplies scale and shift.
-    normed = F.layer_norm(x, x.shape[-1:], eps=1e-6)
-    return torch.addcmul(shift, normed, 1 + scale)          # shift + normed * (1 + scale)
+    return native.modulate(x, shift, scale)
 
 
 def split_heads(qkv: Tensor, num_heads: int) -> Tensor:
@@ -263,6 +259,30 @@ class FinalLayer(nn.Module):
         return self.linear(modulate(img, shift, scale))                     # (B, N, out_channels)
 
 
+class CallMemory(dict):
+    """What is remembered from step to step while one prompt is sampled; gone when that is over."""
+
+
+class MMDiTInputs(NamedTuple):
+    """What the transformer is given in one step; `_replace` makes a changed copy."""
+
+    img: Tensor                        # the state as tokens (B, N, in_channels)
+    txt: Tensor                        # T5's tokens (B, L, context_in_dim)
+    pooled: Tensor                     # CLIP's vector (B, vec_in_dim), as `MMDiT.prepare` returns it
+    t: Tensor                          # time (B,) in [0, 1]
+    guidance: Tensor | None            # (B,), about 1 to 10; None where `guidance_embed` is false
+    img_ids: Tensor                    # positions (N, 3), integers
+    txt_ids: Tensor                    # positions (L, 3), integers
+    # For each block, double ones first, what is added to its image tokens (B, N, hidden), or None
+    # (ControlNet).
+    residuals: Sequence[Tensor | None] | None = None
+    # For each double block, keys and values that its image tokens attend to as well (IP-Adapter).
+    image_kv: Sequence[KeysValues] | None = None
+    # t as a number, where it is one: so that it need not be read back from a GPU.
+    time: float | None = None
+    memory: CallMemory | None = None
+
+
 class MMDiT(nn.Module):
     """The whole transformer; `forward` predicts the velocity of the image tokens."""
 
@@ -283,41 +303,42 @@ class MMDiT(nn.Module):
             SingleBlock(hidden, heads, mlp_dim) for _ in range(config.depth_single_blocks))
         self.final_layer = FinalLayer(hidden, config.out_channels)
 
-    def forward(self, img: Tensor, txt: Tensor, pooled: Tensor, t: Tensor, guidance: Tensor | None,
-                img_ids: Tensor, txt_ids: Tensor, residuals: Sequence[Tensor | None] | None = None,
-                image_kv: Sequence[KeysValues] | None = None) -> Tensor:
-        """The velocity (B, N, out_channels) of the image tokens.
+    def forward(self, inputs: MMDiTInputs) -> Tensor:
+        """The velocity (B, N, out_channels) of the image tokens."""
+        img, txt, vec, pe = self.embed(inputs)
+        img = self.run_blocks(img, txt, vec, pe, inputs)                    # (B, N, hidden)
+        return self.final_layer(img, vec)                                   # (B, N, out_channels)
 
-        img: the state as tokens (B, N, in_channels).
-        txt: T5's tokens (B, L, context_in_dim).
-        pooled: CLIP's vector (B, vec_in_dim).
-        t: time (B,) in [0, 1].
-        guidance: (B,), about 1 to 10; None where `guidance_embed` is false.
-        img_ids, txt_ids: positions (N, 3) and (L, 3), integers.
-        residuals: for each block, double ones first, what is added to its image tokens
-            (B, N, hidden), or None (ControlNet).
-        image_kv: for each double block, keys and values that its image tokens attend to as well
-            (IP-Adapter)."""
-        double, L = len(self.double_blocks), txt.shape[1]
-        residuals = residuals or [None] * (double + len(self.single_blocks))
+    def embed(self, inputs: MMDiTInputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """img (B, N, hidden), txt (B, L, hidden), vec (B, hidden) and pe (L+N, D/2, 2, 2)."""
         # Note: text tokens come before image tokens.
-        pe = rope_table(torch.cat([txt_ids, img_ids]), self.config.axes_dim, self.config.theta)
-        vec = self.conditioning(pooled, t, guidance)                        # (B, hidden)
-        img = self.img_in(img)                                              # (B, N, hidden)
-        txt = self.txt_in(txt)                                              # (B, L, hidden)
+        ids = torch.cat([inputs.txt_ids, inputs.img_ids])                   # (L+N, 3)
+        pe = rope_table(ids, self.config.axes_dim, self.config.theta)
+        vec = self.conditioning(inputs.pooled, inputs.t, inputs.guidance)
+        return self.img_in(inputs.img), self.txt_in(inputs.txt), vec, pe
 
-        for block, residual, kv in zip(self.double_blocks, residuals, image_kv or repeat(())):
-            img, txt = block(img, txt, vec, pe, kv)
-            if residual is not None:
-                img = img + residual
+    def run_blocks(self, img: Tensor, txt: Tensor, vec: Tensor, pe: Tensor, inputs: MMDiTInputs,
+                   first: int = 0) -> Tensor:
+        """The image tokens (B, N, hidden) after all blocks from double block `first` on."""
+        double, L = len(self.double_blocks), txt.shape[1]
+        residuals = inputs.residuals or [None] * (double + len(self.single_blocks))
+        image_kv = inputs.image_kv or [()] * double
+
+        for i in range(first, double):
+            img, txt = self.double_blocks[i](img, txt, vec, pe, image_kv[i])
+            if residuals[i] is not None:
+                img = img + residuals[i]
 
         x = torch.cat([txt, img], dim=1)                                    # (B, L+N, hidden)
         for block, residual in zip(self.single_blocks, residuals[double:]):
             x = block(x, vec, pe)
             if residual is not None:
                 x = x + F.pad(residual, (0, 0, L, 0))                       # zeros for the text
+        return x[:, L:]
 
-        return self.final_layer(x[:, L:], vec)                              # (B, N, out_channels)
+    def prepare(self, pooled: Tensor, guidance: float, ts: Sequence[float]) -> Tensor:
+        """What to give as `pooled` in the steps at the times `ts`: by default `pooled` itself."""
+        return pooled
 
     def conditioning(self, pooled: Tensor, t: Tensor, guidance: Tensor | None) -> Tensor:
         """Time, guidance and pooled prompt as one vector (B, hidden)."""

@@ -20,7 +20,7 @@ from ..generate import generate
 from ..latents import encode
 from ..networks.attention import attention_backend
 from ..networks.controlnet import ControlNet, ControlNetConfig, assign
-from ..networks.mmdit import MMDiT, MMDiTConfig
+from ..networks.mmdit import MMDiT, MMDiTConfig, MMDiTInputs
 from ..sampling import image_ids, patchify, text_ids
 from . import export
 from .pairs import blurred, depth_map, edges, grey
@@ -51,7 +51,9 @@ def controlled(base: MMDiT, net: ControlNet, x: Tensor, control: Tensor, mode: i
     """The base model's velocity (B, N, 64) under the net's residuals; rest as the transformer takes it."""
     txt, vec, t, guidance, *ids = rest
     doubles, singles = net(x, control, mode, txt, vec, t, guidance, *ids)
-    return base(x, *rest, assign(doubles, base.config.depth, repeat=False) + assign(singles, base.config.depth_single_blocks, repeat=False))
+    residuals = assign(doubles, base.config.depth, repeat=False)
+    residuals += assign(singles, base.config.depth_single_blocks, repeat=False)
+    return base(MMDiTInputs(x, *rest, residuals))
 
 
 def control_picture(i: int, scene: Scene) -> np.ndarray:

@@ -21,7 +21,7 @@ from ..generate import generate
 from ..networks.attention import attention_backend
 from ..networks.autoencoder import Autoencoder
 from ..networks.clip import CLIPConfig, CLIPText
-from ..networks.mmdit import MMDiT, MMDiTConfig, Modulation
+from ..networks.mmdit import MMDiT, MMDiTConfig, MMDiTInputs, Modulation
 from ..networks.t5 import T5, T5Config
 from ..networks.tokenizers import CLIPTokenizer, T5Tokenizer
 from ..sampling import image_ids, patchify, text_ids
@@ -56,7 +56,8 @@ class Painter(nn.Module):
         return self.t5(t5_ids), self.clip(clip_ids)
 
     def velocity(self, x: Tensor, t: Tensor, guidance: Tensor, txt: Tensor, vec: Tensor) -> Tensor:
-        return self.mmdit(x, txt, vec, t, guidance, image_ids(SIDE, SIDE, device=x.device), text_ids(txt.shape[1], device=x.device))
+        ids = image_ids(SIDE, SIDE, device=x.device), text_ids(txt.shape[1], device=x.device)
+        return self.mmdit(MMDiTInputs(x, txt, vec, t, guidance, *ids))
 
 
 def initialise(mmdit: MMDiT) -> None:

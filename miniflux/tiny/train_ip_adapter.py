@@ -23,7 +23,7 @@ from ..images import CLIP_COLOURS, standardise
 from ..latents import encode
 from ..networks.attention import attention_backend
 from ..networks.clip import CLIPVision, CLIPVisionConfig
-from ..networks.mmdit import KeysValues
+from ..networks.mmdit import KeysValues, MMDiTInputs
 from ..prompt import encode_prompt
 from ..sampling import image_ids, patchify, text_ids
 from . import export
@@ -109,8 +109,8 @@ def train_adapter(folder: Path, base: Flux, clip: dict[str, Tensor], count: int,
         w = 1 + 5 * torch.rand(BATCH, generator=generator).to(device)
         with torch.autocast(device.type, torch.bfloat16), attention_backend("formula"):
             with torch.no_grad():
-                target = mmdit(x, said, said_vec, t, w, *ids)
-            v = mmdit(x, asked, asked_vec, t, w, *ids, image_kv=follower(pictures))
+                target = mmdit(MMDiTInputs(x, said, said_vec, t, w, *ids))
+            v = mmdit(MMDiTInputs(x, asked, asked_vec, t, w, *ids, image_kv=follower(pictures)))
         return (v.float() - target.float()).square().mean()
 
     def on_save(step: int, ema: dict[str, Tensor]) -> dict:

@@ -23,6 +23,7 @@ from ..flux import Flux
 from ..kontext_edit import kontext_edit
 from ..latents import encode
 from ..networks.attention import attention_backend
+from ..networks.mmdit import MMDiTInputs
 from ..prompt import encode_prompt
 from ..sampling import image_ids, patchify, text_ids
 from .edits import describe, sample_edit
@@ -78,7 +79,7 @@ def run(folder: Path, base: Flux, student: Flux, steps: int | None, minutes: flo
         with torch.autocast(device.type, torch.bfloat16), attention_backend("formula"):
             guidance = guidance_change(base.mmdit, x, *caption, t, w, ids, text)
             instruction = t5(t5_ids[index].to(device)), clip(clip_ids[index].to(device))
-            v = mmdit(torch.cat([x, before], dim=1), *instruction, t, w, both, text)[:, :x.shape[1]]
+            v = mmdit(MMDiTInputs(torch.cat([x, before], dim=1), *instruction, t, w, both, text))[:, :x.shape[1]]
         return (weight * (v.float() - target - guidance.float()).square()).mean()
 
     def show() -> tuple[list, list[str]]:

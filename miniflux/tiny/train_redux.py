@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from ..flux import Flux
 from ..networks.attention import attention_backend
+from ..networks.mmdit import MMDiTInputs
 from ..networks.siglip import ReduxConfig, ReduxEmbedder, SigLIP, SigLIPConfig
 from ..prompt import Prompt, encode_prompt
 from ..redux import redux
@@ -92,8 +93,8 @@ def train_to_be_understood(folder: Path, base: Flux, reader: Reader, count: int,
         w = 1 + 5 * torch.rand(BATCH, generator=generator).to(device)
         with torch.autocast(device.type, torch.bfloat16), attention_backend("formula"):
             with torch.no_grad():
-                target = mmdit(x, *caption, t, w, ids, short)
-            v = mmdit(x, torch.cat([txt, reader.read(pictures)], dim=1), vec, t, w, ids, long)
+                target = mmdit(MMDiTInputs(x, *caption, t, w, ids, short))
+            v = mmdit(MMDiTInputs(x, torch.cat([txt, reader.read(pictures)], dim=1), vec, t, w, ids, long))
         return (v.float() - target.float()).square().mean()
 
     def on_save(step: int, ema: dict[str, Tensor]) -> dict:

@@ -18,6 +18,7 @@ from torch import Tensor
 from ..flux import SCHEDULES, Flux
 from ..generate import generate
 from ..networks.attention import attention_backend
+from ..networks.mmdit import MMDiTInputs
 from ..prompt import encode_prompt
 from ..sampling import image_ids, text_ids
 from .scenes import sample_scene
@@ -41,7 +42,7 @@ def paths(teacher: Flux, count: int, seed: int) -> tuple[Tensor, Tensor, Tensor]
         states, guidance = [x], torch.full((n,), GUIDANCE, device=device)
         for i, (now, then) in enumerate(zip(times, times[1:]), start=1):
             with torch.autocast(device.type, torch.bfloat16), attention_backend("formula"):
-                v = teacher.mmdit(x, prompt.txt, prompt.vec, now.expand(n).to(device), guidance, *ids)
+                v = teacher.mmdit(MMDiTInputs(x, prompt.txt, prompt.vec, now.expand(n).to(device), guidance, *ids))
             x = x + (then - now) * v.float()                                    # (n, N, 64)
             states += [x] if i % (TEACHER_STEPS // STEPS) == 0 else []
         columns.append((torch.stack(states, dim=1).cpu(), prompt.txt.bfloat16().cpu(), prompt.vec.bfloat16().cpu()))
@@ -62,7 +63,7 @@ def run(folder: Path, teacher: Flux, student: Flux, steps: int | None, minutes: 
         index, k = (torch.randint(high, (BATCH,), generator=generator) for high in (len(states), STEPS))
         x, then, *c, t = (part.to(device, torch.float32) for part in (states[index, k], states[index, k + 1], txt[index], vec[index], times[k]))
         with torch.autocast(device.type, torch.bfloat16), attention_backend("formula"):
-            v = mmdit(x, *c, t, guidance, *ids)
+            v = mmdit(MMDiTInputs(x, *c, t, guidance, *ids))
         return (v.float() - (x - then) * STEPS).square().mean()
 
     def show() -> tuple[list, list[str]]:

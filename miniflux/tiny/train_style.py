@@ -21,6 +21,7 @@ from ..flux import Flux
 from ..generate import generate
 from ..latents import encode
 from ..networks.attention import attention_backend
+from ..networks.mmdit import MMDiTInputs
 from ..sampling import image_ids, patchify, text_ids
 from .scenes import Scene
 from .train_autoencoder import to_tensor
@@ -58,7 +59,7 @@ def run(folder: Path, base: Flux, student: Flux, steps: int | None, minutes: flo
         w = 1 + 5 * torch.rand(BATCH, generator=generator).to(device)
         with torch.autocast(device.type, torch.bfloat16), attention_backend("formula"):
             guidance = guidance_change(base.mmdit, x, *prompt, t, w, *ids)
-            v = mmdit(x, *prompt, t, w, *ids)
+            v = mmdit(MMDiTInputs(x, *prompt, t, w, *ids))
         return (v.float() - target - guidance.float()).square().mean()
 
     def show() -> tuple[list, list[str]]:

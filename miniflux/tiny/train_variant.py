@@ -24,7 +24,7 @@ from ..fill import fill, fill_channels
 from ..flux import Flux
 from ..latents import encode
 from ..networks.attention import attention_backend
-from ..networks.mmdit import MMDiT
+from ..networks.mmdit import MMDiT, MMDiTInputs
 from ..prompt import encode_prompt
 from ..sampling import image_ids, patchify, text_ids
 from .pairs import depth_map, edges, hole
@@ -105,7 +105,8 @@ def encode_variant(flux: Flux, inputs: Callable, count: int, seed: int) -> tuple
 @torch.no_grad()
 def guidance_change(base: MMDiT, x: Tensor, txt: Tensor, vec: Tensor, t: Tensor, w: Tensor, *ids: Tensor) -> Tensor:
     """What guidance w changes in the base model's velocity: (B, N, 64)."""
-    return base(x, txt, vec, t, w, *ids) - base(x, txt, vec, t, torch.ones_like(w), *ids)
+    guided, plain = (base(MMDiTInputs(x, txt, vec, t, scale, *ids)) for scale in (w, torch.ones_like(w)))
+    return guided - plain
 
 
 def reduced(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -166,7 +167,7 @@ def run(folder: Path, variant: str, base: Flux, student: Flux, steps: int | None
         w = 1 + 5 * torch.rand(BATCH, generator=generator).to(device)
         with torch.autocast(device.type, torch.bfloat16), attention_backend("formula"):
             guidance = guidance_change(base.mmdit, x, *c, t, w, *ids)
-            v = mmdit(torch.cat([x, further], dim=-1), *c, t, unit * w, *ids)
+            v = mmdit(MMDiTInputs(torch.cat([x, further], dim=-1), *c, t, unit * w, *ids))
         return (v.float() - target - guidance.float()).square().mean()
 
     def show() -> tuple[list, list[str]]:

@@ -1,6 +1,8 @@
 """Models in the Hugging Face cache and on the Hub. The cache is a fake one; no test reaches for the network."""
 
+import json
 import os
+import subprocess
 import sys
 from fnmatch import fnmatch
 from pathlib import Path
@@ -8,12 +10,10 @@ from pathlib import Path
 import pytest
 
 from miniflux import loading
-from miniflux.checkpoints import finding
-from miniflux.checkpoints import hub
+from miniflux.checkpoints import finding, hub
 from miniflux.checkpoints.hub import (
     OFFICIAL,
     WANTED,
-    cache_folder,
     find_in_cache,
     find_network,
     find_or_download,
@@ -35,6 +35,7 @@ def snapshot(cache: Path, repo: str, commit: str, *files: str, main: bool = True
     for file in files:
         (path / file).parent.mkdir(parents=True, exist_ok=True)
         (path / file).touch()
+    path.mkdir(parents=True, exist_ok=True)
     os.utime(path, (1e9 - age, 1e9 - age))
     if main:
         (folder / "refs").mkdir(exist_ok=True)
@@ -42,8 +43,9 @@ def snapshot(cache: Path, repo: str, commit: str, *files: str, main: bool = True
     return path
 
 
-def download(monkeypatch, act) -> list:
-    """Puts a huggingface_hub in place whose snapshot_download is `act`; returns the calls."""
+def download(monkeypatch, act, files: tuple[str, ...] = ()) -> list:
+    """Puts a huggingface_hub in place whose snapshot_download is `act`, and whose repositories hold
+    these files; returns the calls of snapshot_download."""
     calls = []
 
     class Hub:
@@ -51,6 +53,10 @@ def download(monkeypatch, act) -> list:
         def snapshot_download(repo, **keywords):
             calls.append((repo, keywords))
             return act(repo)
+
+        @staticmethod
+        def list_repo_files(repo):
+            return list(files)
 
     monkeypatch.setitem(sys.modules, "huggingface_hub", Hub)
     return calls
@@ -64,18 +70,33 @@ def no_hub(monkeypatch) -> None:
 # ------------------------------------------------------------------------------------------------------------ in the cache
 
 
-@pytest.mark.parametrize("variables, expected", [
-    ({"HF_HUB_CACHE": "/a/hub", "HF_HOME": "/b"}, "/a/hub"), ({"HF_HOME": "/b"}, "/b/hub"),
-    ({"XDG_CACHE_HOME": "/c"}, "/c/huggingface/hub"), ({"HF_HUB_CACHE": "~/hub"}, "/home/me/hub"),
-    ({}, "/home/me/.cache/huggingface/hub")], ids=str)
-def test_the_cache_lies_where_the_hub_puts_it(monkeypatch, variables, expected):
-    """Oracle: the documentation of huggingface_hub's environment variables."""
-    for name in ("HF_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HOME", "/home/me")
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    assert cache_folder() == Path(expected)
+CASES = [
+    {}, {"HF_HUB_CACHE": "/a/hub", "HF_HOME": "/b"}, {"HF_HOME": "/b"}, {"XDG_CACHE_HOME": "/c"},
+    {"HF_HUB_CACHE": "~/hub"}, {"HF_HOME": "$HOME/hf"}, {"HF_HUB_CACHE": "${HOME}/cache"},
+    {"XDG_CACHE_HOME": "$HOME/x"}, {"XDG_CACHE_HOME": "~/x"}, {"HUGGINGFACE_HUB_CACHE": "/data/hub"},
+    {"HUGGINGFACE_HUB_CACHE": "~/$USER/hub"}, {"HF_HOME": "/hf", "HUGGINGFACE_HUB_CACHE": "/data"},
+    {"HF_HUB_CACHE": "/a", "HUGGINGFACE_HUB_CACHE": "/b"}, {"HF_HOME": "$NOWHERE/hf"},
+    {"HF_HOME": ""}, {"HF_HUB_CACHE": "relative"},
+]
+ASK = """
+import importlib, json, os, sys
+from huggingface_hub import constants
+from miniflux.checkpoints.hub import cache_folder
+clean = dict(os.environ)
+for case in json.loads(sys.argv[1]):
+    os.environ.clear()
+    os.environ.update(clean | case)
+    expected = importlib.reload(constants).HF_HUB_CACHE
+    assert str(cache_folder()) == os.path.normpath(expected), (case, cache_folder(), expected)
+"""
+
+
+def test_the_cache_lies_where_the_hub_puts_it():
+    """Oracle: the constants of huggingface_hub, read anew with each set of variables."""
+    names = ("HF_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME", "HUGGINGFACE_HUB_CACHE")
+    clean = {name: value for name, value in os.environ.items() if name not in names}
+    subprocess.run([sys.executable, "-c", ASK, json.dumps(CASES)], check=True,
+                   env=clean | {"HOME": "/home/me", "USER": "me"})
 
 
 def test_a_model_is_found_through_its_main_branch(cache):
@@ -150,6 +171,50 @@ def test_a_missing_or_incomplete_model_is_downloaded_into_the_cache(cache, monke
     assert find_or_download(SCHNELL) == expected
     assert calls == [(SCHNELL, {"allow_patterns": WANTED, "cache_dir": cache})]
     assert find_or_download(SCHNELL) == expected and len(calls) == 1
+
+
+def pipeline(path: Path, **parts: str) -> Path:
+    """A snapshot of a pipeline with these parts, each with one empty file."""
+    index = {"_class_name": "FluxPipeline", "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+             "image_encoder": [None, None], **{part: ["transformers", "Any"] for part in parts}}
+    (path / "model_index.json").write_text(json.dumps(index))
+    for part, file in ({"scheduler": "scheduler_config.json"} | parts).items():
+        (path / part).mkdir(exist_ok=True)
+        if file:
+            (path / part / file).touch()
+    return path
+
+
+WHOLE = {"transformer": "a.safetensors", "vae": "a.safetensors", "text_encoder_2": "model.fp16.safetensors",
+         "tokenizer": "tokenizer.json", "tokenizer_2": "spiece.model"}
+
+
+@pytest.mark.parametrize("lacking", ["vae", "text_encoder_2", "tokenizer", "tokenizer_2", "a shard"])
+def test_the_rest_of_an_interrupted_download_is_asked_for(cache, monkeypatch, lacking):
+    path = pipeline(snapshot(cache, SCHNELL, "aaa"), **WHOLE | ({lacking: ""} if lacking in WHOLE else {}))
+    if lacking == "a shard":
+        index = {"weight_map": {"a": "a.safetensors", "b": "b.safetensors"}}
+        (path / "transformer" / "a.safetensors.index.json").write_text(json.dumps(index))
+    calls = download(monkeypatch, lambda repo: str(path))
+    assert find_or_download(SCHNELL) == path and len(calls) == 1
+
+
+def test_a_whole_snapshot_is_used_without_asking(cache, monkeypatch):
+    path = pipeline(snapshot(cache, SCHNELL, "aaa"), **WHOLE)
+    calls = download(monkeypatch, lambda repo: str(path))
+    assert find_or_download(SCHNELL) == path and not calls
+
+
+def test_without_the_network_an_incomplete_snapshot_is_used_with_a_warning(cache, monkeypatch, caplog):
+    """Whoever has encoded prompts needs no text encoder."""
+    path = pipeline(snapshot(cache, SCHNELL, "aaa"), **WHOLE | {"text_encoder_2": ""})
+
+    def fail(_):
+        raise ConnectionError("no route to host")
+
+    download(monkeypatch, fail)
+    assert find_or_download(SCHNELL) == path
+    assert f"{SCHNELL} in the cache lacks text_encoder_2/; {SCHNELL} could not be downloaded" in caplog.text
 
 
 class GatedRepoError(Exception):
@@ -237,7 +302,59 @@ def test_a_shipped_adapter_is_found_by_its_name(tmp_path, monkeypatch):
 def test_of_a_folder_the_usual_file_is_taken_or_else_the_only_one(tmp_path):
     (tmp_path / "b.safetensors").touch()
     assert hub.find_file(tmp_path, "LoRA") == hub.find_file(tmp_path / "b.safetensors", "LoRA") == tmp_path / "b.safetensors"
-    (tmp_path / "a.safetensors").touch()
-    with pytest.raises(ValueError, match="has 2 safetensors files: name the LoRA's"):
+    (tmp_path / "a.sft").touch()
+    with pytest.raises(ValueError, match="has 2 safetensors files: name the LoRA's, one of a.sft, b.safetensors"):
         hub.find_file(tmp_path, "LoRA", ["c.safetensors"])
     assert hub.find_file(tmp_path, "LoRA", ["c.safetensors", "b.safetensors"]) == tmp_path / "b.safetensors"
+
+
+# --------------------------------------------------------------------------------- files of a repository
+
+
+@pytest.mark.parametrize("name, expected", [
+    ("me/flux/a.safetensors", ("me/flux", "a.safetensors")), ("me/flux/x/y/a.gguf", ("me/flux", "x/y/a.gguf")),
+    ("me/flux.1-dev_2/ae.sft", ("me/flux.1-dev_2", "ae.sft")), ("me/flux", None), ("me/a.safetensors", None),
+    ("/me/flux/a.safetensors", None), ("./me/flux/a.safetensors", None), ("~/me/flux/a.safetensors", None),
+    ("me/flux/../a.safetensors", None), ("me/flux/a.bin", None), ("a.safetensors", None)])
+def test_a_file_of_a_repository_is_told_from_a_path(name, expected):
+    assert hub.split_repo_file(name) == expected
+
+
+def test_a_file_of_a_repository_is_found_in_the_cache(cache, no_hub):
+    path = snapshot(cache, "me/collection", "aaa", "one.safetensors", "steps/two.safetensors")
+    assert find_network("me/collection/steps/two.safetensors", "LoRA") == path / "steps/two.safetensors"
+    assert finding.find_source("me/collection/one.safetensors") == path / "one.safetensors"
+    assert finding.find_transformer("me/collection/one.safetensors") == path / "one.safetensors"
+    with pytest.raises(FileNotFoundError, match="me/collection is not in .*: `pip install"):
+        find_network("me/collection/three.safetensors", "LoRA")
+
+
+def test_of_a_repository_only_the_named_file_is_downloaded_with_its_config(cache, monkeypatch):
+    path = snapshot(cache, "me/collection", "aaa", "steps/one.safetensors")
+    calls = download(monkeypatch, lambda repo: str(path))
+    (path / "steps/one.safetensors").rename(path / "one")
+    with pytest.raises(FileNotFoundError, match="me/collection on the Hub has no file steps/one.safetensors"):
+        find_network("me/collection/steps/one.safetensors", "LoRA")
+    wanted = ["steps/one.safetensors", "steps/adapter_config.json", "steps/config.json"]
+    assert calls == [("me/collection", {"allow_patterns": wanted, "cache_dir": cache})]
+
+
+def test_a_repository_with_several_loras_lists_them_and_downloads_nothing(cache, monkeypatch):
+    calls = download(monkeypatch, lambda repo: "", ("README.md", "a.safetensors", "b/c.safetensors", "d.safetensors"))
+    with pytest.raises(ValueError) as caught:
+        find_network("me/collection", "LoRA")
+    assert str(caught.value) == ("me/collection on the Hub has 3 files: name the LoRA's, as in me/collection/a.safetensors; "
+                                 "there are a.safetensors, b/c.safetensors, d.safetensors")
+    assert not calls
+
+
+@pytest.mark.parametrize("what, files, wanted", [
+    ("LoRA", ("a.safetensors", "README.md"), ["a.safetensors"]),
+    ("LoRA", ("pytorch_lora_weights.safetensors", "old.safetensors", "x.json"), ["pytorch_lora_weights.safetensors", "x.json"]),
+    ("IP-Adapter", ("ip_adapter.safetensors", "b.safetensors"), ["ip_adapter.safetensors"]),
+    ("ControlNet", ("config.json", "a-00001-of-00002.safetensors", "a-00002-of-00002.safetensors", "b/c.safetensors"),
+     ["a-00001-of-00002.safetensors", "a-00002-of-00002.safetensors", "config.json"])])
+def test_of_a_repository_with_one_network_its_files_are_downloaded(cache, monkeypatch, what, files, wanted):
+    calls = download(monkeypatch, lambda repo: str(cache), files)
+    assert find_network("me/net", what) == cache
+    assert calls == [("me/net", {"allow_patterns": wanted, "cache_dir": cache})]

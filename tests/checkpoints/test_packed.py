@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from miniflux import add_lora, generate, load, remove_lora
-from miniflux.checkpoints.blocks import BLOCKS
-from miniflux.checkpoints.gguf import read_gguf
+from miniflux.checkpoints.blocks import BLOCKS, OTHER_BLOCKS
+from miniflux.checkpoints.gguf import PLAIN, read_gguf
 from miniflux.checkpoints.layouts import load_mmdit, load_t5
 from miniflux.checkpoints.names import T5_GGUF, mmdit_from_diffusers, mmdit_to_diffusers
 from miniflux.checkpoints.packed import BLOCK, FP4, NF4, Packed, PackedLinear, join, pack_state
@@ -34,6 +34,12 @@ def wide(seed: int = 0) -> dict[str, Tensor]:
     return mmdit_from_diffusers(randomise(FluxTransformer2DModel(
         in_channels=64, num_layers=1, num_single_layers=1, attention_head_dim=64, num_attention_heads=4, joint_attention_dim=64,
         pooled_projection_dim=64, guidance_embeds=True, axes_dims_rope=(8, 28, 28)), seed).state_dict())
+
+
+# The config of `wide`.
+CONFIG = {"_class_name": "FluxTransformer2DModel", "num_layers": 1, "num_single_layers": 1,
+          "attention_head_dim": 64, "num_attention_heads": 4, "joint_attention_dim": 64,
+          "pooled_projection_dim": 64, "guidance_embeds": True, "axes_dims_rope": [8, 28, 28]}
 
 
 def forward(network, seed: int = 0) -> Tensor:
@@ -99,6 +105,75 @@ def test_a_transformer_in_gguf_computes_with_gguf_pys_numbers(tmp_path, kind):
         assert torch.equal(weights[name], expected), name
     is_packed = isinstance(network.double_blocks[0].img_attn.qkv, PackedLinear)
     assert is_packed == (kind in BLOCKS) and forward(network).isfinite().all()
+
+
+@pytest.mark.parametrize("kind, name", [(21, "IQ3_S"), (16, "IQ2_XXS"), (39, "MXFP4")])
+def test_a_gguf_format_that_is_not_read_is_named(tmp_path, kind, name):
+    assert GGMLQuantizationType[name].value == kind
+    path = gguf_file(tmp_path / "a.gguf", {"x": randn(4, 64)}, lambda name, tensor: "Q4_0")
+    q4_0 = struct.pack("<IQ", GGMLQuantizationType.Q4_0.value, 0)
+    path.write_bytes(path.read_bytes().replace(q4_0, struct.pack("<IQ", kind, 0)))
+    with pytest.raises(ValueError, match=f"the tensor x is in the format {name}, which is not read here"):
+        read_gguf(path)
+
+
+def test_every_gguf_format_is_read_or_named():
+    """Oracle: gguf-py's list. The Q4_0_4_4 family is no longer in the format."""
+    known = {number for number, *_ in BLOCKS.values()} | set(PLAIN) | set(OTHER_BLOCKS)
+    assert {kind.value for kind in GGMLQuantizationType} <= known
+    assert all(GGMLQuantizationType(number).name == name for number, name in OTHER_BLOCKS.items()
+               if number in set(GGMLQuantizationType))
+
+
+PREFIXES = ["model.diffusion_model.", "diffusion_model.", "transformer.", "model.", "module.",
+            "_orig_mod.", "model._orig_mod.", "_orig_mod.transformer."]
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+@pytest.mark.parametrize("container", ["safetensors", "gguf", "float8", "nf4", "folder"])
+def test_a_prefix_of_the_names_is_left_out_in_every_container(tmp_path, container, prefix):
+    """Oracle: the same weights without the prefix."""
+    state = {name: tensor.contiguous() for name, tensor in wide().items()}
+    is_matrix = {name for name, tensor in state.items() if tensor.ndim == 2 and "blocks" in name}
+
+    def stored(prefix: str) -> dict[str, Tensor]:
+        if container == "nf4":
+            parts = {name: bnb_four_bits(tensor, "nf4", False) if name in is_matrix else {"": tensor}
+                     for name, tensor in state.items()}
+            return {prefix + name + suffix: part for name, group in parts.items()
+                    for suffix, part in group.items()}
+        return {prefix + name: tensor.to(torch.float8_e4m3fn)
+                if container == "float8" and name in is_matrix else tensor
+                for name, tensor in state.items()}
+
+    def network(prefix: str):
+        if container == "gguf":
+            path = gguf_file(tmp_path / f"{prefix}a.gguf", stored(prefix),
+                             lambda name, _: "Q8_0" if name.removeprefix(prefix) in is_matrix else None)
+        elif container == "folder":
+            path = tmp_path / f"{prefix}folder"
+            path.mkdir()
+            tensors = {prefix + name: tensor.contiguous()
+                       for name, tensor in mmdit_to_diffusers(state).items()}
+            save_file(tensors, path / "diffusion_pytorch_model.safetensors")
+            (path / "config.json").write_text(json.dumps(CONFIG))
+        else:
+            path = tmp_path / f"{prefix}a.safetensors"
+            save_file(stored(prefix), path)
+        return load_mmdit(path, "cpu", torch.float32)
+
+    expected, got = unpacked(network("")), unpacked(network(prefix))
+    assert got.keys() == expected.keys()
+    assert all(torch.equal(got[name], expected[name]) for name in expected)
+
+
+def test_a_compiled_block_inside_of_a_checkpoint_is_read(tmp_path):
+    """torch.compile of single blocks writes its own word into the middle of the names."""
+    state = {name: tensor.contiguous() for name, tensor in wide().items()}
+    compiled = {name.replace("blocks.0.", "blocks.0._orig_mod."): tensor for name, tensor in state.items()}
+    save_file(compiled, tmp_path / "a.safetensors")
+    network = load_mmdit(tmp_path / "a.safetensors", "cpu", torch.float32)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in network.state_dict().items())
 
 
 def test_t5_in_gguf_is_t5(tmp_path):
@@ -247,9 +322,7 @@ def test_a_quantised_folder_of_diffusers_is_joined_without_unpacking(tmp_path, k
                        name.removesuffix("weight") + "weight_format": torch.tensor(0, dtype=torch.uint8)}
             expected[name] = stored[name].float() * (scb / 127)[:, None]
     save_file({name: tensor.contiguous() for name, tensor in stored.items()}, tmp_path / "diffusion_pytorch_model.safetensors")
-    config = {"_class_name": "FluxTransformer2DModel", "num_layers": 1, "num_single_layers": 1, "attention_head_dim": 64,
-              "num_attention_heads": 4, "joint_attention_dim": 64, "pooled_projection_dim": 64, "guidance_embeds": True,
-              "axes_dims_rope": [8, 28, 28], "quantization_config": {"quant_method": "bitsandbytes"}}
+    config = CONFIG | {"quantization_config": {"quant_method": "bitsandbytes"}}
     (tmp_path / "config.json").write_text(json.dumps(config))
     network = load_mmdit(tmp_path, "cpu", torch.float32)
     weights = mmdit_to_diffusers(unpacked(network))

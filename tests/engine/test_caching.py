@@ -1,5 +1,7 @@
 """Caches. Oracles: diffusers' hooks on the same small random model; by hand; the model without a cache."""
 
+import weakref
+
 import pytest
 import torch
 from diffusers import FirstBlockCacheConfig, FluxKontextPipeline, FluxPipeline, TaylorSeerCacheConfig
@@ -10,8 +12,9 @@ from reference import clip_vision, controlnet, ip_adapter_state, small_pipeline
 from safetensors.torch import save_file
 
 from miniflux import add_ip_adapter, add_lora, cli, generate, kontext_edit, load, load_controlnet
-from miniflux.engine.caching import Series, Streams, cache
+from miniflux.engine.caching import CacheStates, Series, cache
 from miniflux.engine.tiling import tile
+from miniflux.networks.mmdit import CallMemory, MMDiTInputs
 from miniflux.sampling import flow
 
 EDGES = Image.effect_noise((64, 48), 90).convert("RGB")
@@ -126,10 +129,16 @@ def test_each_call_begins_anew(flux, method, settings):
 @pytest.mark.parametrize("method, settings", METHODS)
 def test_nothing_is_remembered_when_a_call_is_over(flux, method, settings, monkeypatch):
     """Two streams while true CFG paints, none afterwards."""
-    kept, lengths = Streams(Series), []
-    monkeypatch.setattr("miniflux.engine.caching.Streams", lambda new: setattr(kept, "new", new) or kept)
-    paint(cache(flux, method, **settings), true_cfg=2.0, negative_prompt="a cat", on_step=lambda *_: lengths.append(len(kept.known)))
-    assert lengths == [0] + [2] * 9 and len(kept.known) == 0
+    states, lengths = weakref.WeakSet(), []
+    state_for = CacheStates.state_for
+
+    def spy(self, inputs):
+        states.add(state := state_for(self, inputs))
+        return state
+
+    monkeypatch.setattr(CacheStates, "state_for", spy)
+    paint(cache(flux, method, **settings), true_cfg=2.0, negative_prompt="a cat", on_step=lambda *_: lengths.append(len(states)))
+    assert lengths == [0] + [2] * 9 and len(states) == 0
 
 
 @pytest.mark.parametrize("method, settings", METHODS)
@@ -161,17 +170,18 @@ def test_residuals_of_a_controlnet_are_added_once_and_are_those_of_the_step(flux
     ends, starts, mmdit = [], [], flux.mmdit
     handles = [mmdit.final_layer.register_forward_pre_hook(lambda module, inputs: ends.append(inputs[0])),
                mmdit.double_blocks[0].register_forward_hook(lambda module, inputs, out: starts.append(out[0]))]
-    mmdit(img, txt, vec, t, guidance, *ids, first)
+    given = MMDiTInputs(img, txt, vec, t, guidance, *ids, memory=CallMemory())
+    mmdit(given._replace(residuals=first))
     for handle in handles:
         handle.remove()
     others = ends[0] - starts[0] - sum(first)
     expected = mmdit.final_layer(starts[0] + others + sum(second), mmdit.conditioning(vec, t, guidance))
 
     cached = cache(flux, threshold=0.1).mmdit
-    assert torch.equal(cached(img, txt, vec, t, guidance, *ids, first), mmdit(img, txt, vec, t, guidance, *ids, first))
-    got = cached(img, txt, vec, t, guidance, *ids, second)
+    assert torch.equal(cached(given._replace(residuals=first)), mmdit(given._replace(residuals=first)))
+    got = cached(given._replace(residuals=second))
     assert (got - expected).abs().max() < 1e-5 * expected.abs().max()
-    assert (got - mmdit(img, txt, vec, t, guidance, *ids, second)).abs().max() > 1e-2 * expected.abs().max()
+    assert (got - mmdit(given._replace(residuals=second))).abs().max() > 1e-2 * expected.abs().max()
 
 
 PEERS = {"first_block": FirstBlockCacheConfig(0.55), "taylor": TaylorSeerCacheConfig(

@@ -25,7 +25,7 @@ from miniflux.engine.compiling import compile
 from miniflux.engine.modulation import precompute_modulation
 from miniflux.engine.quantize import quantize
 from miniflux.engine.tiling import tile
-from miniflux.networks.mmdit import MMDiT, MMDiTConfig
+from miniflux.networks.mmdit import MMDiT, MMDiTConfig, MMDiTInputs
 
 SIZES = MMDiTConfig(hidden_size=64, num_heads=4, axes_dim=(4, 4, 8), depth=2, depth_single_blocks=3, vec_in_dim=128, context_in_dim=128)
 
@@ -72,7 +72,8 @@ def transformer_with_everything(flux, B):
     residuals = [torch.randn(B, 7, 64, generator=generator) if i % 2 else None for i in range(5)]
     kv = [[tuple(torch.randn(n, 4, 3, 16, generator=generator) for _ in range(2)) for n in (1, B)] for _ in range(2)]
     ids = torch.randint(0, 5, (7, 3), generator=generator), torch.zeros(5, 3, dtype=torch.int64)
-    return flux.mmdit(img, txt, vec, torch.full((B,), 0.7), torch.full((B,), 3.5), *ids, residuals, kv)
+    t, guidance = torch.full((B,), 0.7), torch.full((B,), 3.5)
+    return flux.mmdit(MMDiTInputs(img, txt, vec, t, guidance, *ids, residuals, kv))
 
 
 def pictures(path):

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from miniflux import add_lora, generate, image_to_image, load, remove_lora
 from miniflux.engine import modulation
-from miniflux.engine.modulation import modulations, precompute_modulation
+from miniflux.engine.modulation import precompute_modulation
 from miniflux.flux import Flux, FluxConfig
 from miniflux.networks.mmdit import MMDiT
 from miniflux.sampling import flow
@@ -52,7 +52,7 @@ def test_a_schedule_that_begins_in_the_middle_is_the_same(flux, ahead):
 
 def test_more_steps_than_are_held_at_once_are_the_same(flux, ahead, monkeypatch):
     asked = []
-    layers, = ahead.mmdit.apart
+    layers, = ahead.mmdit.precomputed
     layers.register_forward_pre_hook(lambda layers, inputs: asked.append(len(inputs[1])))
     monkeypatch.setattr(modulation, "LIMIT", 5)
     assert torch.equal(*(generate(model, "an owl", steps=7, num_images=2, **SMALL) for model in (flux, ahead)))
@@ -62,16 +62,16 @@ def test_more_steps_than_are_held_at_once_are_the_same(flux, ahead, monkeypatch)
 def test_a_time_that_was_not_announced_is_computed_when_it_is_asked_for(flux, ahead):
     txt, vec, x = torch.randn(2, 5, 32), torch.randn(2, 24), torch.randn(2, 16, 6, 8)
     usual = flow(flux.mmdit, txt, vec, 3.5, 6, 8)
-    looked_up = flow(ahead.mmdit, txt, modulations(ahead.mmdit, vec, 3.5, [1.0, 0.5, 0.0]), 3.5, 6, 8)
+    looked_up = flow(ahead.mmdit, txt, ahead.mmdit.prepare(vec, 3.5, [1.0, 0.5, 0.0]), 3.5, 6, 8)
     for t in (1.0, 0.75, 0.5, 0.25, 1.0):
         assert torch.equal(usual(x, t), looked_up(x, t))
 
 
 def test_the_given_model_and_the_weights_stay_as_they_are(flux, ahead):
-    assert flux.mmdit.double_blocks[0].img_mod.lin.weight is ahead.mmdit.apart[0].layers[0].lin.weight
+    assert flux.mmdit.double_blocks[0].img_mod.lin.weight is ahead.mmdit.precomputed[0].layers[0].lin.weight
     assert ahead.mmdit.img_in is flux.mmdit.img_in and precompute_modulation(ahead) is ahead
     vec = torch.randn(1, 24)
-    assert modulations(flux.mmdit, vec, 3.5, [1.0, 0.0]) is vec                 # off: nothing happens
+    assert flux.mmdit.prepare(vec, 3.5, [1.0, 0.0]) is vec                 # off: nothing happens
 
 
 def test_the_transformer_of_dev_has_16_gib_without_its_modulation():
@@ -79,7 +79,7 @@ def test_the_transformer_of_dev_has_16_gib_without_its_modulation():
     with torch.device("meta"):
         mmdit = MMDiT()
     rest = precompute_modulation(Flux(None, None, None, None, mmdit, None, FluxConfig())).mmdit
-    size, without, apart = (sum(p.numel() for p in net.parameters()) for net in (mmdit, rest, *rest.apart))
+    size, without, apart = (sum(p.numel() for p in net.parameters()) for net in (mmdit, rest, *rest.precomputed))
     assert (size, size - without, apart) == (11_901_408_320, 3_247_448_064 + 32_262_144, size - without)
     assert round(2 * size / 2**30, 2) == 22.17 and 2 * without / 2**30 < 16.1
 
@@ -87,7 +87,7 @@ def test_the_transformer_of_dev_has_16_gib_without_its_modulation():
 MEASURE = """
 import gc, re, torch
 from pathlib import Path
-from miniflux.engine.modulation import modulations, precompute_modulation
+from miniflux.engine.modulation import precompute_modulation
 from miniflux.flux import Flux, FluxConfig
 from miniflux.networks.mmdit import MMDiT, MMDiTConfig
 from miniflux.sampling import flow
@@ -99,13 +99,13 @@ torch.set_grad_enabled(False)
 flux = Flux(None, None, None, None, MMDiT(MMDiTConfig(hidden_size=1024, num_heads=8, depth=2, depth_single_blocks=4)), None, FluxConfig())
 rest = precompute_modulation(flux).mmdit
 x, txt, vec = torch.randn(1, 16, 4, 4), torch.randn(1, 4, 4096), torch.randn(1, 768)
-ahead = modulations(rest, vec, 3.5, [1.0, 0.5, 0.0])
+ahead = rest.prepare(vec, 3.5, [1.0, 0.5, 0.0])
 expected = [flow(flux.mmdit, txt, vec, 3.5, 4, 4)(x, t) for t in (1.0, 0.5)]
 given = [flow(rest, txt, ahead, 3.5, 4, 4)(x, t) for t in (1.0, 0.5)]
 assert all(map(torch.equal, expected, given))
 whole = sum(p.nbytes for p in flux.mmdit.parameters())
 before = resident()
-del flux, ahead.layers, rest.apart                       # what was looked up remains
+del flux, ahead.layers, rest.precomputed                       # what was looked up remains
 gc.collect()
 after = resident()
 assert torch.equal(flow(rest, txt, ahead, 3.5, 4, 4)(x, 0.5), expected[1])
@@ -146,7 +146,7 @@ def test_a_lora_on_other_layers_may_come_after_and_shares_what_is_apart(flux, ah
     file = lora_file(tmp_path / "a.safetensors", flux.mmdit, ["double_blocks.0.img_attn.qkv"])
     changed = add_lora(ahead, file)
     assert torch.equal(generate(changed, "an owl", steps=2, **SMALL), generate(add_lora(flux, file), "an owl", steps=2, **SMALL))
-    assert changed.mmdit.apart[0] is ahead.mmdit.apart[0] and remove_lora(changed).mmdit is ahead.mmdit
+    assert changed.mmdit.precomputed[0] is ahead.mmdit.precomputed[0] and remove_lora(changed).mmdit is ahead.mmdit
 
 
 @pytest.mark.parametrize("layer", ["double_blocks.0.img_mod.lin", "final_layer.adaLN_modulation.1", "time_in.in_layer"])
@@ -157,5 +157,5 @@ def test_a_lora_on_modulation_layers_that_comes_after_is_refused(flux, ahead, tm
 
 
 def test_a_plain_vector_is_refused_in_one_sentence(ahead):
-    with pytest.raises(ValueError, match="this transformer's modulation is apart: give it modulations"):
+    with pytest.raises(ValueError, match="the modulation of this transformer is precomputed: give it mmdit.prepare"):
         flow(ahead.mmdit, torch.randn(1, 5, 32), torch.randn(1, 24), 3.5, 6, 8)(torch.randn(1, 16, 6, 8), 1.0)

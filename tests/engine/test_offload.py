@@ -23,7 +23,7 @@ from miniflux.checkpoints.formats import read_safetensors
 from miniflux.checkpoints.layouts import load_mmdit
 from miniflux.checkpoints.packed import PackedLinear
 from miniflux.engine import offload as module
-from miniflux.engine.modulation import Ahead
+from miniflux.engine.modulation import PrecomputedModulation
 from miniflux.engine.offload import MODES, Turns, change_networks, is_within, mapped_ranges, offload, slots, takers
 from miniflux.engine.quantize import quantize
 from miniflux.engine.tiling import tile
@@ -110,7 +110,7 @@ def test_an_interrupted_call_leaves_a_model_that_works(flux):
 @pytest.fixture
 def without_numbers(monkeypatch):
     """A tensor on meta cannot say which time it is: each row is computed when it is asked for."""
-    monkeypatch.setattr(Ahead, "at", lambda self, t: self.layers(self.vec, [t], self.guidance)[0])
+    monkeypatch.setattr(PrecomputedModulation, "at", lambda self, t: self.layers(self.vec, [t], self.guidance)[0])
 
 
 def test_of_the_modulation_alone_one_layer_at_a_time_is_on_the_device(flux, without_numbers):

@@ -176,11 +176,16 @@ def test_an_unknown_backend_is_refused_by_name():
 ])
 def test_auto_chooses_by_device_dtype_and_length(monkeypatch, device, dtype, tokens, gradients, expected):
     monkeypatch.setattr(native, "_cpu", object())           # as if it were built
-    monkeypatch.setattr(native, "Tensor", SimpleNamespace)  # as if there were such tensors here
-    qkv = SimpleNamespace(device=torch.device(device), dtype=dtype, shape=(1, tokens, 3, 2, 64), stride=lambda axis: 1)
-    assert choose(qkv, gradients) == expected
-    monkeypatch.setattr(native, "_cpu", None)
-    assert choose(qkv, gradients) in ("sdpa", "chunked")
+    monkeypatch.setattr(native, "PLAIN", (SimpleNamespace,))  # as if there were such tensors here
+    qkv = SimpleNamespace(
+        device=torch.device(device), dtype=dtype, layout=torch.strided, requires_grad=gradients,
+        shape=(1, tokens, 3, 2, 64), stride=lambda *axis: 1 if axis else (384 * tokens, 384, 128, 64, 1),
+        is_neg=lambda: False, data_ptr=lambda: 64, element_size=lambda: 4,
+    )
+    with torch.enable_grad():
+        assert choose(qkv, qkv, qkv, qkv) == expected
+        monkeypatch.setattr(native, "_cpu", None)
+        assert choose(qkv, qkv, qkv, qkv) in ("sdpa", "chunked")
 
 
 def test_the_limit_of_a_score_matrix_is_that_of_mps():

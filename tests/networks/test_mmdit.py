@@ -14,6 +14,7 @@ from miniflux.networks.mmdit import (
     FinalLayer,
     MMDiT,
     MMDiTConfig,
+    MMDiTInputs,
     RMSNorm,
     SingleBlock,
     modulate,
@@ -125,10 +126,10 @@ def test_time_guidance_and_prompt_are_summed():
 
 def test_a_missing_or_useless_guidance_is_refused():
     with pytest.raises(ValueError, match="needs a guidance value"):
-        small()(**inputs(guidance=None))
+        small()(MMDiTInputs(**inputs(guidance=None)))
     with pytest.raises(ValueError, match="pass guidance=None"):
-        small(guidance_embed=False)(**inputs())
-    assert small(guidance_embed=False)(**inputs(guidance=None)).shape == (2, N, 8)
+        small(guidance_embed=False)(MMDiTInputs(**inputs()))
+    assert small(guidance_embed=False)(MMDiTInputs(**inputs(guidance=None))).shape == (2, N, 8)
 
 
 # ------------------------------------------------------------------------------------------- parts
@@ -260,7 +261,7 @@ def test_text_tokens_come_before_image_tokens(monkeypatch):
     attention = mmdit.attention
     monkeypatch.setattr(mmdit, "attention", spy)
     x["txt_ids"] = torch.full((L, 3), 7)                # recognisable, where FLUX has zeros
-    model(**x)
+    model(MMDiTInputs(**x))
     block = model.double_blocks[0]
     mod, _ = block.txt_mod(model.conditioning(x["pooled"], x["t"], x["guidance"]))
     txt_qkv = block.txt_attn.project(modulate(model.txt_in(x["txt"]), mod.shift, mod.scale))
@@ -272,22 +273,22 @@ def test_text_tokens_come_before_image_tokens(monkeypatch):
 
 def test_the_velocity_belongs_to_the_image_tokens():
     model, x = small(), inputs()
-    changed = model(**x | {"img_ids": x["img_ids"].flip(0), "img": x["img"].flip(1)})
-    torch.testing.assert_close(changed.flip(1), model(**x), rtol=1e-4, atol=1e-5)
+    changed = model(MMDiTInputs(**x | {"img_ids": x["img_ids"].flip(0), "img": x["img"].flip(1)}))
+    torch.testing.assert_close(changed.flip(1), model(MMDiTInputs(**x)), rtol=1e-4, atol=1e-5)
 
 
 def test_text_tokens_have_no_order():
     model, x = small(), inputs()
-    flipped = model(**x | {"txt": x["txt"].flip(1)})
-    torch.testing.assert_close(flipped, model(**x), rtol=1e-4, atol=1e-5)
+    flipped = model(MMDiTInputs(**x | {"txt": x["txt"].flip(1)}))
+    torch.testing.assert_close(flipped, model(MMDiTInputs(**x)), rtol=1e-4, atol=1e-5)
 
 
 def test_a_batch_equals_its_singles():
     model, x = small(), inputs(batch=3)
-    together = model(**x)
+    together = model(MMDiTInputs(**x))
     for i in range(3):
         alone = {name: x[name] if "ids" in name else x[name][i: i + 1] for name in x}
-        torch.testing.assert_close(model(**alone), together[i: i + 1], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(model(MMDiTInputs(**alone)), together[i: i + 1], rtol=1e-4, atol=1e-5)
 
 
 # ----------------------------------------------------------------------------------------- float16
@@ -342,8 +343,8 @@ def test_residuals_are_added_to_the_image_tokens_after_each_block():
     x = model.single_blocks[0](torch.cat([txt, img], dim=1), vec, pe)
     x = model.single_blocks[1](x, vec, pe)
     expected = model.final_layer(x[:, L:] + residuals[3], vec)
-    assert torch.allclose(model(**given, residuals=residuals), expected, atol=1e-5)
-    assert torch.equal(model(**given, residuals=[None] * 4), model(**given))
+    assert torch.allclose(model(MMDiTInputs(**given, residuals=residuals)), expected, atol=1e-5)
+    assert torch.equal(model(MMDiTInputs(**given, residuals=[None] * 4)), model(MMDiTInputs(**given)))
 
 
 def test_image_queries_attend_to_further_keys_before_their_rotation():

@@ -18,7 +18,7 @@ from miniflux.checkpoints.names import autoencoder_from_diffusers, mmdit_from_di
 from miniflux.networks.attention import apply_rope, rope_table
 from miniflux.networks.autoencoder import Autoencoder, AutoencoderConfig
 from miniflux.networks.clip import CLIPConfig, CLIPText
-from miniflux.networks.mmdit import MMDiT, MMDiTConfig
+from miniflux.networks.mmdit import MMDiT, MMDiTConfig, MMDiTInputs
 from miniflux.networks.t5 import T5, T5Config
 
 
@@ -77,7 +77,7 @@ def distances_in_bfloat16(ours: nn.Module, theirs: nn.Module, call, *arguments) 
 
 def velocity(model, img, txt, vec, t, guidance, img_ids, txt_ids) -> Tensor:
     if isinstance(model, MMDiT):
-        return model(img, txt, vec, t, guidance, img_ids, txt_ids)
+        return model(MMDiTInputs(img, txt, vec, t, guidance, img_ids, txt_ids))
     return model(hidden_states=img, encoder_hidden_states=txt, pooled_projections=vec, timestep=t, guidance=guidance,
                  img_ids=img_ids.float(), txt_ids=txt_ids.float(), return_dict=False)[0]
 

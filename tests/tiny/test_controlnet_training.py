@@ -9,6 +9,7 @@ from diffusers import FluxControlNetModel
 
 from miniflux import generate, load, load_controlnet
 from miniflux.controlnet import MODES
+from miniflux.networks.mmdit import MMDiTInputs
 from miniflux.sampling import image_ids, text_ids
 from miniflux.tiny import train, train_controlnet
 from miniflux.tiny.evaluate_variant import measure
@@ -26,9 +27,9 @@ def test_a_net_begins_by_changing_nothing():
     base = load("tiny", device="cpu").mmdit
     x, control, mode, *rest = inputs()
     net = beginning(base)
-    assert torch.equal(controlled(base, net, x, control, mode, *rest), base(x, *rest))
+    assert torch.equal(controlled(base, net, x, control, mode, *rest), base(MMDiTInputs(x, *rest)))
     torch.nn.init.ones_(net.controlnet_single_blocks[0].weight)
-    assert not torch.equal(controlled(base, net, x, control, mode, *rest), base(x, *rest))
+    assert not torch.equal(controlled(base, net, x, control, mode, *rest), base(MMDiTInputs(x, *rest)))
 
 
 def test_the_stage_writes_a_net_that_steers_and_that_diffusers_computes_alike(tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ from diffusers import FluxPipeline
 
 from miniflux import add_lora, load
 from miniflux.checkpoints.hub import SHIPPED
+from miniflux.networks.mmdit import MMDiTInputs
 from miniflux.sampling import image_ids, text_ids
 from miniflux.tiny import train, train_style
 from miniflux.tiny.train_style import neon
@@ -30,6 +31,6 @@ def test_the_style_is_a_lora_that_diffusers_adds_alike(tmp_path, monkeypatch):
     x, txt, vec, t, w = torch.randn(2, 64, 64), torch.randn(2, 8, 128), torch.randn(2, 128), torch.tensor([0.3, 0.9]), torch.tensor([3.5, 1])
     ids = image_ids(16, 16), text_ids(8)
     theirs = pipeline.transformer(x, txt, vec, t, *(i.float() for i in ids), guidance=w, return_dict=False)[0]
-    result = ours.mmdit(x, txt, vec, t, w, *ids)
+    result = ours.mmdit(MMDiTInputs(x, txt, vec, t, w, *ids))
     assert (result - theirs).abs().max() < 2e-5 * theirs.abs().max()
-    assert (result - plain.mmdit(x, txt, vec, t, w, *ids)).abs().max() > 1e-3 * theirs.abs().max()
+    assert (result - plain.mmdit(MMDiTInputs(x, txt, vec, t, w, *ids))).abs().max() > 1e-3 * theirs.abs().max()

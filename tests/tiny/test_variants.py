@@ -11,6 +11,7 @@ import torch
 from miniflux import generate, kontext_edit, load
 from miniflux.flux import SCHEDULES
 from miniflux.loading import without_guidance
+from miniflux.networks.mmdit import MMDiTInputs
 from miniflux.sampling import patchify, unpatchify
 from miniflux.tiny import (
     evaluate_variant,
@@ -121,7 +122,7 @@ def test_a_guidance_that_is_folded_in_computes_the_same():
     x, ids = torch.randn(2, 64, 64), (train_variant.image_ids(16, 16), train_variant.text_ids(8))
     prompt, t = (torch.randn(2, 8, 128), torch.randn(2, 128)), torch.tensor([0.3, 0.9])
     fixed = without_guidance(mmdit, 3.5)
-    ours, expected, other = fixed(x, *prompt, t, None, *ids), *(mmdit(x, *prompt, t, torch.full((2,), w), *ids) for w in (3.5, 1.0))
+    ours, expected, other = fixed(MMDiTInputs(x, *prompt, t, None, *ids)), *(mmdit(MMDiTInputs(x, *prompt, t, torch.full((2,), w), *ids)) for w in (3.5, 1.0))
     assert (ours - expected).abs().max() < 1e-5 * expected.abs().max() and (ours - other).abs().max() > 1e-2
 
 
@@ -146,7 +147,7 @@ def test_before_it_has_learnt_a_variant_paints_like_its_base_model(monkeypatch):
     x, prompt = torch.randn(1, 64, 64), (torch.randn(1, 8, 128), torch.randn(1, 128), torch.tensor([0.5]), torch.tensor([3.5]))
     ids = train_variant.image_ids(16, 16), train_variant.text_ids(8)
     wide = torch.cat([x, torch.randn(1, 64, 64)], dim=-1)
-    assert torch.allclose(student.mmdit(wide, *prompt, *ids), base.mmdit(x, *prompt, *ids), atol=1e-4)
+    assert torch.allclose(student.mmdit(MMDiTInputs(wide, *prompt, *ids)), base.mmdit(MMDiTInputs(x, *prompt, *ids)), atol=1e-4)
 
 
 def test_the_figures_of_a_true_scene_are_perfect_and_of_another_poor():
