@@ -11,6 +11,7 @@ from miniflux.sampling import (
     classifier_free,
     distillation_loss,
     euler,
+    heun,
     flow,
     flow_matching_loss,
     image_ids,
@@ -18,6 +19,7 @@ from miniflux.sampling import (
     keep_known,
     logit_normal_times,
     noise,
+    once_a_state,
     patchify,
     schedule,
     text_ids,
@@ -167,3 +169,31 @@ def test_a_velocity_takes_times_and_guidance_of_each_image():
     for i in range(2):
         one = flow(mmdit, txt[i:i + 1], vec[i:i + 1], w[i], 4, 4)(x[i:i + 1], t[i])
         assert torch.allclose(both[i:i + 1], one, atol=1e-5)
+
+
+def test_heun_is_of_second_order_and_takes_two_passes_a_step_but_one_at_the_end():
+    """dx/dt = x from t = 1 to 0 ends at x(1) / e; halving the step divides the error by about four."""
+    passes = []
+
+    def velocity(x, t):
+        passes.append(t)
+        return x
+
+    def error(steps):
+        passes.clear()
+        ts = [1 - 0.9 * i / steps for i in range(steps + 1)]                    # ends before 0
+        x = heun(velocity, torch.ones(1, dtype=torch.float64), ts)
+        return abs(x.item() - math.exp(-0.9))
+
+    assert 3.5 < error(8) / error(16) < 4.5 and len(passes) == 32
+    heun(velocity, torch.ones(1), [1.0, 0.5, 0.0])
+    assert passes[-3:] == [1.0, 0.5, 0.5]
+
+
+def test_what_is_computed_once_a_state_is_computed_again_for_another_one():
+    calls = []
+    residuals = once_a_state(lambda x, t: calls.append(t) or [x])
+    x = torch.zeros(1)
+    for state, t in ((x, 1.0), (x, 1.0), (x, 0.5), (torch.zeros(1), 0.5)):
+        assert residuals(state, t)[0] is state
+    assert calls == [1.0, 0.5, 0.5]
