@@ -105,14 +105,14 @@ def assemble(source: str | Path, device: torch.device, dtype: torch.dtype | None
 def assemble_variant(folder: Path, device: torch.device, dtype: torch.dtype | None, transformer: str | Path | None) -> Flux:
     """A shipped model with Redux, where this folder holds that; else with the folder's LoRA merged into it for good: it may widen the
     first layer, or, where `variant.json` says with which guidance it was made to need few steps, take the guidance embedding away."""
-    from .adapters.lora import merged_for_good
+    from .adapters.lora import fuse_lora
 
     described = read_json(folder / VARIANT)
     base, guidance = described.get("base"), described.get("guidance")
     if base not in whole_models():
         raise ValueError(f"{folder / VARIANT} names the base {base!r:.60}: expected a shipped model such as tiny")
     flux = assemble(base, device, dtype, transformer)
-    flux = add_redux(flux, folder) if find_part(folder, "image_embedder") else merged_for_good(flux, folder / "lora.safetensors")
+    flux = add_redux(flux, folder) if find_part(folder, "image_embedder") else fuse_lora(flux, folder / "lora.safetensors")
     config = replace(flux.config, name=folder.name)
     if guidance is None:
         return replace(flux, config=config)

@@ -5,11 +5,13 @@
     flux = add_lora(flux, "style.safetensors", scale=0.8)
     python -m miniflux.adapters.lora style.safetensors         what a file holds, without a model
 
-The changes are merged into copies of the touched weights, so a step costs what it did before; with `merge=False` they stay beside
-the weights and are applied to each layer's input. The weights as they were stay with the model, shared with the one it came from:
-adding, scaling and removing always start from them, so what is removed is gone bit for bit. Seam: model -> model.
+The changes are merged into copies of the touched weights, so a step costs what it did before; with
+`merge=False` they stay unmerged, as layers around those they change (`lora_layers.py`). The
+weights as they were stay with the model, shared with the one it came from: adding, scaling and
+removing start from them, so what is removed is gone bit for bit. Seam: model -> model.
 
-BFL's Control LoRAs (Canny, Depth) also widen the first layer, 64 -> 128 input channels, and replace norm scales.
+BFL's Control LoRAs (Canny, Depth) also widen the first layer, 64 -> 128 input channels, and replace
+norm scales.
 """
 
 import copy
@@ -21,19 +23,28 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoints.building import WithoutInitialisation
-from ..checkpoints.formats import listing, read_json, read_metadata, read_safetensors
-from ..checkpoints.hub import find_file, find_network
+from ..checkpoints.formats import listing
+from ..checkpoints.hub import find_network
 from ..checkpoints.packed import PackedLinear
+from ..checks import check_number
 from ..flux import Flux
-from ..images import check_number, log
-from ..networks.clip import CLIPText
+from ..images import log
 from ..networks.layers import Linear
-from ..networks.mmdit import MMDiT
-from ..networks.t5 import T5
-from .dialects import Delta, Parsed, Target, parse, targets
+from .dialects import targets
+from .lora_changes import (
+    BIAS_KINDS,
+    Change,
+    Scaled,
+    in_our_order,
+    like_weight,
+    rows_of,
+    weight_name,
+    with_layers,
+)
+from .lora_checks import check_fit
+from .lora_file import Parsed, lacking, official_targets, read_lora
 
 NETWORKS = ("mmdit", "clip", "t5")
-FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")       # of a folder that diffusers or PEFT wrote
 
 
 @dataclass(frozen=True)
@@ -41,7 +52,7 @@ class LoRA:
     """A file that was added to a model."""
 
     name: str
-    deltas: list[Delta]
+    changes: list[Change]
     scale: float
     merge: bool
 
@@ -54,56 +65,75 @@ class LoRAs:
     added: tuple[LoRA, ...]
 
 
-def add_lora(flux: Flux, path: str | Path, scale: float = 1.0, name: str | None = None, *, merge: bool = True,
-             strict: bool = True) -> Flux:
-    """The model with a LoRA more.
+def add_lora(flux: Flux, path: str | Path, scale: float = 1.0, name: str | None = None, *,
+             merge: bool = True, strict: bool = True) -> Flux:
+    """The model with a LoRA more; the given model stays as it is.
 
-    path: a safetensors file of any dialect (`dialects.py` lists them), a folder with one, a Hub id or a shipped name. scale: how
-    strongly it acts; 0 changes nothing. name: to scale or remove it by (default: the path's last part). merge: whether the weights are
-    changed, or each layer's output (as always where the weights are quantised). strict: whether a tensor that belongs nowhere is an error.
+    path: a safetensors file of any dialect (see `dialects.py`), a folder with one, a Hub id or
+    a shipped name.
+    scale: how strongly it acts, -100 to 100; 0 changes nothing.
+    name: to scale or remove it by (default: the path's last part).
+    merge: whether the weights are changed, or each layer's output (always so if quantised).
+    strict: whether a tensor that belongs nowhere in this model is an error, or is left out.
 
-    Raises FileNotFoundError for what is not there; ValueError for a file that is damaged, of another model, or not understood, and
-    for a name that is used twice. The given model stays as it is."""
+    Raises FileNotFoundError for what is not there; ValueError for a file that is damaged, of
+    another model, or not understood, and for a name that is used twice."""
     scale = check_number("scale", scale, -100, 100)
     loras = flux.loras or LoRAs({part: getattr(flux, part) for part in NETWORKS}, ())
     name = Path(path).name.removesuffix(".safetensors") if name is None else name
     if not isinstance(name, str) or name in (lora.name for lora in loras.added):
-        raise ValueError(f"a LoRA named {name!r} is there already: give another name=, or remove that one first")
+        raise ValueError(f"a LoRA named {name!r} is there already: give another name=, "
+                         "or remove that one first")
     path = find_network(path, "LoRA")
     parsed = read_lora(path, targets(*(loras.base[part] for part in NETWORKS)))
     log.info("%s: %s", name, parsed)
     if parsed.unmatched and strict:
-        raise ValueError(f"{path} {parsed}; not matched are {listing(parsed.unmatched)}: strict=False leaves them out")
-    check_fit(parsed.deltas, loras.base, path)
-    return with_loras(flux, LoRAs(loras.base, (*loras.added, LoRA(name, parsed.deltas, scale, merge))))
+        raise ValueError(f"{path} {not_matched(parsed)}: strict=False leaves them out")
+    check_fit(parsed.changes, loras.base, path)
+    added = LoRA(name, parsed.changes, scale, merge)
+    return with_loras(flux, LoRAs(loras.base, (*loras.added, added)))
 
 
-def merged_for_good(flux: Flux, path: Path) -> Flux:
-    """A model that is made of another one and a file: its LoRA cannot be removed, and may widen the first layer as it likes."""
+def fuse_lora(flux: Flux, path: Path) -> Flux:
+    """A model that is made of another one and a file, whose LoRA cannot be removed again."""
     base = {part: getattr(flux, part) for part in NETWORKS}
     parsed = read_lora(path, targets(*base.values()))
     if parsed.unmatched:
-        raise ValueError(f"{path} {parsed}; not matched are {listing(parsed.unmatched)}")
-    return replace(with_loras(flux, LoRAs(base, (LoRA(path.stem, parsed.deltas, 1.0, merge=True),))), loras=None)
+        raise ValueError(f"{path} {not_matched(parsed)}")
+    added = LoRA(path.stem, parsed.changes, 1.0, merge=True)
+    return replace(with_loras(flux, LoRAs(base, (added,))), loras=None)
+
+
+def not_matched(parsed: Parsed) -> str:
+    """What of a file belongs nowhere in this model, and why if that is known."""
+    why = ", for parts that this model does not have" if lacking(parsed.unmatched) else ""
+    return f"{parsed}; not matched are {listing(parsed.unmatched)}{why}"
 
 
 def set_lora_scales(flux: Flux, scales: Mapping[str, float]) -> Flux:
     """The model with other scales: {name: scale}; LoRAs that are not named keep theirs."""
-    have = names(flux)
+    have, new = names(flux), {}
     for name, scale in scales.items():
         if name not in have:
             raise ValueError(f"there is no LoRA {name!r}: expected one of {have}")
-        check_number(f"the scale of {name}", scale, -100, 100)
-    added = tuple(replace(lora, scale=scales.get(lora.name, lora.scale)) for lora in flux.loras.added) if have else ()
-    return with_loras(flux, LoRAs(flux.loras.base, added)) if have else flux
+        new[name] = check_number(f"the scale of {name}", scale, -100, 100)
+    if not have:
+        return flux
+    old = flux.loras.added
+    added = tuple(replace(lora, scale=new.get(lora.name, lora.scale)) for lora in old)
+    return with_loras(flux, LoRAs(flux.loras.base, added))
 
 
 def remove_lora(flux: Flux, name: str | None = None) -> Flux:
-    """The model without one of its LoRAs, or without any: with the last of them gone, bit for bit the model before the first."""
+    """The model without one of its LoRAs, or without any.
+
+    With the last of them gone it is, bit for bit, the model before the first."""
     have = names(flux)
     if not have or name not in (None, *have):
-        raise ValueError(f"there is no LoRA{'' if name is None else f' {name!r}'} to remove: the model has {have or 'none'}")
-    return with_loras(flux, LoRAs(flux.loras.base, tuple(lora for lora in flux.loras.added if name not in (None, lora.name))))
+        which = "" if name is None else f" {name!r}"
+        raise ValueError(f"there is no LoRA{which} to remove: the model has {have or 'none'}")
+    kept = tuple(lora for lora in flux.loras.added if name not in (None, lora.name))
+    return with_loras(flux, LoRAs(flux.loras.base, kept))
 
 
 def names(flux: Flux) -> list[str]:
@@ -115,166 +145,125 @@ def with_loras(flux: Flux, loras: LoRAs) -> Flux:
     """The model whose networks are the base's with these changes."""
     if not loras.added:
         return replace(flux, loras=None, **loras.base)
-    changed = {part: changed_network(part, network, loras.added) for part, network in loras.base.items()}
+    changed = {part: changed_network(part, base, loras.added) for part, base in loras.base.items()}
     return replace(flux, loras=loras, **changed)
 
 
-# ------------------------------------------------------------------------------------------------------------- changing
-
+# ----------------------------------------------------------------------------------------- changing
 
 @torch.no_grad()
-def changed_network(part: str, network: nn.Module | None, loras: tuple[LoRA, ...]) -> nn.Module | None:
+def changed_network(part: str, network: nn.Module | None,
+                    loras: tuple[LoRA, ...]) -> nn.Module | None:
     """A copy of a network that shares all its weights but those that the LoRAs touch."""
-    touched: dict[str, list[tuple[Delta, LoRA]]] = {}
+    touched: dict[str, list[tuple[Change, LoRA]]] = {}
     for lora in loras:
-        for delta in lora.deltas:
-            if delta.target.network == part:
-                touched.setdefault(delta.target.module, []).append((delta, lora))
+        for change in lora.changes:
+            # Note: at a scale of 0 nothing is replaced or widened either.
+            if change.target.network == part and lora.scale:
+                touched.setdefault(change.target.module, []).append((change, lora))
     if not touched:
         return network
     shared = {id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())}
     network = copy.deepcopy(network, memo=shared)
-    for module, changes in touched.items():
-        parent, _, attribute = module.rpartition(".")
-        setattr(network.get_submodule(parent), attribute, changed_module(network.get_submodule(module), changes))
+    for name, changes in touched.items():
+        merged = [(change, lora.scale) for change, lora in changes if lora.merge]
+        unmerged = [(change, lora.scale) for change, lora in changes if not lora.merge]
+        network.set_submodule(name, changed_module(network.get_submodule(name), merged, unmerged))
     if part == "mmdit" and network.img_in.in_features != network.config.in_channels:
         network.config = replace(network.config, in_channels=network.img_in.in_features)
     return network
 
 
-def changed_module(module: nn.Module, changes: list[tuple[Delta, LoRA]]) -> nn.Module:
-    """A linear layer or a norm with its changes: merged into its weight, or beside it."""
-    if not isinstance(module, nn.Linear):                   # a norm's scale is replaced, whatever the LoRA's own scale
-        module.scale = frozen(changes[-1][0].factors["value"].to(module.scale))
+def changed_module(module: nn.Module, merged: Scaled, unmerged: Scaled) -> nn.Module:
+    """A module (a copy of its own) with its changes.
+
+    What is replaced or added to a bias is always merged; so is what changes a norm or embedding.
+    """
+    changes = merged + unmerged
+    if not isinstance(module, nn.Linear):
+        merged, unmerged = changes, []
+    width = max(change.width for change, _ in changes)
+    module = with_replaced_weight(widened(module, width), changes)
+    if any(kind in change.factors for change, _ in changes for kind in BIAS_KINDS):
+        module.bias = changed_bias(module, changes)
+    # Note: nothing is merged into a packed weight, which would have to be unpacked for good.
+    if isinstance(module, PackedLinear):
+        merged, unmerged = [], changes
+    name = weight_name(module)
+    if any(change.moves_weight for change, _ in merged):
+        setattr(module, name, frozen(merged_weight(module, name, merged)))
+    return with_layers(module, unmerged).train(module.training)
+
+
+def widened(module: nn.Module, in_features: int) -> nn.Module:
+    """The module; for a linear layer with fewer input channels, one with zeros for the others."""
+    if not isinstance(module, nn.Linear) or module.in_features >= in_features:
         return module
-    wide = max((delta.shape[1] for delta, _ in changes if delta.shape), default=0)
-    # Note: beside a packed weight all changes stay beside it: to be merged into, it would have to be unpacked for good.
-    is_packed = isinstance(module, PackedLinear) and wide <= module.in_features
-    layer = LoRAPackedLinear.like(module) if is_packed else LoRALinear.like(module, wide)
-    merged = [(delta, lora.scale) for delta, lora in changes if lora.merge and lora.scale and not is_packed]
-    if merged:
-        base = layer.weight
-        layer.weight, layer.bias = frozen(merged_weight(base, merged)), merged_bias(base, layer.bias, merged)
-    beside = [(delta, lora.scale) for delta, lora in changes if lora.scale and (is_packed or not lora.merge)]
-    weight = layer.weight if beside else None
-    layer.beside = [(delta.to(weight), scale) for delta, scale in beside]
-    return layer
+    weight = nn.functional.pad(module.weight, (0, in_features - module.in_features))
+    return with_weight(module, weight)
 
 
-def merged_weight(weight: Tensor, changes: list[tuple[Delta, float]]) -> Tensor:
-    """W + the sum of scale · Δ, stored as W is."""
-    if all(delta.is_low_rank for delta, _ in changes):
-        # All of them are one product of low rank: W is read once and written once.
-        b, a = zip(*((scale * b, a) for (delta, scale) in changes for b, a in [delta.low_rank(weight)]))
-        return torch.addmm(weight, torch.cat(b, dim=1).to(weight), torch.cat(a).to(weight), out=torch.empty_like(weight))
-    result = weight.to(torch.float32, copy=True)
-    for delta, scale in changes:
-        # Note: DoRA's change depends on the weight, and means the one before any change.
-        delta.own_rows(result).add_(delta.of_weight(weight), alpha=scale)
-    return result.to(weight.dtype)
+def with_weight(linear: nn.Linear, weight: Tensor) -> nn.Linear:
+    """A layer with another weight and the same bias, for one that may be packed or narrower."""
+    with torch.device("meta"), WithoutInitialisation():
+        layer = Linear(weight.shape[1], weight.shape[0], bias=linear.bias is not None)
+    layer.weight, layer.bias = frozen(weight), linear.bias
+    return layer.train(linear.training)
 
 
-def merged_bias(weight: Tensor, bias: Tensor | None, changes: list[tuple[Delta, float]]) -> nn.Parameter | None:
-    """The layer's bias, or zeros, with what the changes add to it; None where there is neither."""
-    for delta, scale in changes:
-        if (change := delta.of_bias(weight)) is not None:
-            bias = weight.new_zeros(len(weight), dtype=torch.float32) if bias is None else bias.to(torch.float32, copy=True)
-            delta.own_rows(bias).add_(change, alpha=scale)
-    return None if bias is None else frozen(bias.to(weight.dtype))
+def with_replaced_weight(module: nn.Module, changes: Scaled) -> nn.Module:
+    """The module with those rows replaced that a LoRA brings as a whole, whatever its scale."""
+    values = [change for change, _ in changes if "weight" in change.factors]
+    if not values:
+        return module
+    name = weight_name(module)
+    weight = getattr(module, name).clone()
+    for change in values:
+        weight[rows_of(change)] = in_our_order(change, change.factors["weight"]).to(weight)
+    if isinstance(module, PackedLinear):
+        return with_weight(module, weight)
+    setattr(module, name, frozen(weight))
+    return module
+
+
+def changed_bias(module: nn.Module, changes: Scaled) -> nn.Parameter:
+    """The module's bias, or zeros, with what the changes replace or add."""
+    bias, like = module.bias, like_weight(module)
+    parts = [(change, scale, kind) for kind in BIAS_KINDS for change, scale in changes
+             if kind in change.factors]
+    if bias is None:
+        bias = torch.zeros(module.out_features, device=like.device)
+    bias = bias.to(torch.float32, copy=True)
+    for change, scale, kind in parts:
+        value = in_our_order(change, change.factors[kind]).to(bias)
+        if kind == "bias":
+            bias[rows_of(change)] = value
+        else:
+            bias[rows_of(change)] += scale * (change.scale if kind == "B_bias" else 1) * value
+    return frozen(bias.to(like.dtype))
+
+
+def merged_weight(module: nn.Module, name: str, changes: Scaled) -> Tensor:
+    """The weight with all that these changes add to it."""
+    weight = getattr(module, name)
+    if weight.ndim == 1:                                    # of a norm
+        return weight + sum(scale * change.factors["diff"].to(weight)
+                            for change, scale in changes if "diff" in change.factors)
+    return with_layers(module, changes, torch.float32).merged()
 
 
 def frozen(tensor: Tensor) -> nn.Parameter:
     return nn.Parameter(tensor, requires_grad=False)
 
 
-class LoRALinear(Linear):
-    """A linear layer, and changes that are applied to its input beside it."""
-
-    beside: list[tuple[Delta, float]] = []
-
-    @classmethod
-    def like(cls, linear: nn.Linear, in_features: int) -> "LoRALinear":
-        """The layer with the same weights; more input channels than it has get zeros."""
-        with torch.device("meta"), WithoutInitialisation():
-            layer = cls(max(linear.in_features, in_features), linear.out_features, bias=linear.bias is not None)
-        weight = linear.weight
-        if layer.in_features > linear.in_features:
-            weight = frozen(nn.functional.pad(weight, (0, layer.in_features - linear.in_features)))
-        layer.weight, layer.bias = weight if isinstance(weight, nn.Parameter) else frozen(weight), linear.bias
-        return layer.train(linear.training)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = super().forward(x)
-        for delta, scale in self.beside:
-            y = delta.apply(x, y, self, scale)
-        return y
-
-
-class LoRAPackedLinear(PackedLinear):
-    """The same beside a weight that stays packed, and is computed with as before."""
-
-    @classmethod
-    def like(cls, linear: PackedLinear) -> "LoRAPackedLinear":
-        layer = cls(linear.packed, linear.dtype, linear.q.device)
-        layer.bias, layer.before = linear.bias, type(linear).forward
-        return layer.train(linear.training)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.before(self, x)
-        for delta, scale in self.beside:
-            y = delta.apply(x, y, self, scale)
-        return y
-
-
-# -------------------------------------------------------------------------------------------------------------- reading
-
-
-def read_lora(path: Path, table: dict[str, Target]) -> Parsed:
-    """The changes that a file, or a folder with one, asks for."""
-    metadata = {}
-    if path.is_dir():
-        folder, path = path, find_file(path, "LoRA", FILES)
-        if (folder / "adapter_config.json").is_file():
-            import json
-            metadata = {"lora_adapter_metadata": json.dumps(read_json(folder / "adapter_config.json"))}
-    return parse(read_safetensors(path), metadata or read_metadata(path), table, path)
-
-
-def check_fit(deltas: list[Delta], base: dict[str, nn.Module | None], path: Path) -> None:
-    """Refuses changes that have not the shapes of what they change. Only the first layer may differ: a Control LoRA doubles its
-    input channels, and what was made for fewer leaves the further ones alone."""
-    latents = base["mmdit"].config.out_channels
-    for delta in deltas:
-        network, name, rows, _ = delta.target
-        module = base[network].get_submodule(name)
-        weight = module.weight if isinstance(module, nn.Linear) else module.scale
-        height = rows[1] - rows[0] if rows else len(weight)
-        for kind in ("bias", "diff_b", "value"):
-            if kind in delta.factors and delta.factors[kind].shape != (height,):
-                raise ValueError(f"{path}: {name} has a {kind} of the shape {list(delta.factors[kind].shape)}, expected [{height}]")
-        if (shape := delta.shape) is None:
-            continue
-        fits = shape[1] == weight.shape[-1] or name == "img_in" and shape[1] in (latents, 2 * latents)
-        if weight.ndim != 2 or shape[0] != height or not fits:
-            raise ValueError(f"{path} is for another model: it changes {name} by {list(shape)}, which is "
-                             f"{[height, *weight.shape[1:]]} here")
-        if "dora" in delta.factors and delta.factors["dora"].numel() not in shape:
-            raise ValueError(f"{path}: {name} has DoRA magnitudes of the shape {list(delta.factors['dora'].shape)}, expected one "
-                             f"for each of {shape[0]} rows or {shape[1]} columns")
-
-
-def official_targets() -> dict[str, Target]:
-    """The names of the official models' modules."""
-    with torch.device("meta"), WithoutInitialisation():
-        return targets(MMDiT(), CLIPText(), T5())
-
-
 def main() -> None:
     from ..cli import Parser
 
-    parser = Parser(prog="python -m miniflux.adapters.lora", description="Say what LoRA files hold, without loading a model; the exit "
-                    "code is 1 if anything in them is not understood.")
-    parser.add_argument("files", nargs="+", metavar="FILE", help="a safetensors file, a folder with one, a Hub id or a shipped name")
+    parser = Parser(prog="python -m miniflux.adapters.lora",
+                    description="Lists what LoRA files hold, without loading a model; "
+                    "the exit code is 1 if anything in them is not understood.")
+    parser.add_argument("files", nargs="+", metavar="FILE",
+                        help="a safetensors file, a folder with one, a Hub id or a shipped name")
     table, understood = None, True
     for file in parser.parse_args().files:
         table = table or official_targets()

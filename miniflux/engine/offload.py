@@ -145,9 +145,6 @@ class Turns:
         for module in network.modules():
             if self.dtype and isinstance(module, PackedLinear):
                 module.dtype = self.dtype
-            if getattr(module, "beside", None):             # LoRAs that are not merged are small: they stay
-                like = torch.empty(0, device=self.device, dtype=self.dtype or next(iter(module.beside[0][0].factors.values())).dtype)
-                module.beside = [(delta.to(like), scale) for delta, scale in module.beside]
         self.following |= zip(parts, parts[1:] + parts[:1])
         for root in parts if isinstance(network, Autoencoder) else [network]:
             root.register_forward_pre_hook(self.fetch_inputs)

@@ -377,7 +377,7 @@ def test_a_single_file_with_a_whole_model_is_loaded(tmp_path):
 
 
 def test_a_lora_changes_a_packed_model_and_goes_again(tmp_path):
-    """Its changes stay beside the packed weights, whether they were to be merged or not."""
+    """Its changes stay unmerged, whether they were to be merged or not."""
     folder = small_pipeline(tmp_path / "flux")
     state = {name: tensor.to(torch.float8_e4m3fn) if tensor.ndim == 2 else tensor
              for name, tensor in mmdit_from_diffusers(transformer().state_dict()).items()}
@@ -389,8 +389,8 @@ def test_a_lora_changes_a_packed_model_and_goes_again(tmp_path):
     def paint(flux):
         return generate(flux, "an owl", width=32, height=32, steps=1, max_text_tokens=8, output="latents", progress=False)
 
-    merged, beside = add_lora(flux, tmp_path / "lora.safetensors"), add_lora(flux, tmp_path / "lora.safetensors", merge=False)
+    merged, unmerged = add_lora(flux, tmp_path / "lora.safetensors"), add_lora(flux, tmp_path / "lora.safetensors", merge=False)
     assert not torch.allclose(paint(merged), paint(flux), atol=1e-3)
-    assert (paint(merged) - paint(beside)).abs().max() < 1e-4 * paint(merged).abs().max()
-    assert isinstance(merged.mmdit.txt_in, PackedLinear) and isinstance(merged.mmdit.img_in, PackedLinear)
+    assert (paint(merged) - paint(unmerged)).abs().max() < 1e-4 * paint(merged).abs().max()
+    assert isinstance(merged.mmdit.txt_in.base, PackedLinear) and isinstance(merged.mmdit.img_in, PackedLinear)
     assert torch.equal(paint(remove_lora(merged)), paint(flux))
