@@ -90,3 +90,7 @@ class _Package(ModuleType):
 
 
 sys.modules[__name__].__class__ = _Package
+
+if getattr(sys, "argv", [""])[:1] == ["-m"]:                # python -m miniflux.TASK: a command begins
+    from .command import expect_interrupt
+    expect_interrupt()

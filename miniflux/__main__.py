@@ -8,6 +8,8 @@ import difflib
 import runpy
 import sys
 
+from .command import command, say
+
 # What is typed -> the module that is run, and one line about it.
 COMMANDS = {
     "generate": ("generate", "paint an image from text"),
@@ -41,14 +43,15 @@ def usage() -> str:
     return "\n".join(["usage: miniflux COMMAND ...", "", *lines, "", "miniflux COMMAND --help lists its flags."])
 
 
+@command
 def main() -> None:
     words = sys.argv[1:]
     if not words or words[0] in ("-h", "--help"):
-        print(usage())
+        say(usage())
         return
     if words[0] == "--version":
         from . import __version__
-        print(__version__)
+        say(__version__)
         return
     length = 2 if words[0] == "tiny" else 1
     name = " ".join(words[:length]).replace("-", "_")

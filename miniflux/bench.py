@@ -46,6 +46,7 @@ from .bench_engine import bench_autoencoder, bench_caching, bench_int8
 from .checkpoints.finding import find_source
 from .checkpoints.formats import read_safetensors
 from .cli import Parser
+from .command import command
 from .control import control
 from .engine.quantize import FORMATS, quantize
 from .fill import fill
@@ -273,6 +274,7 @@ BENCHES = {"picture": bench_picture, "cold": bench_cold, "attention": bench_atte
 PEERS = ("picture", "cold", "attention", "int8", "offload", "autoencoder", "caching")  # those that diffusers is measured in, too
 
 
+@command
 def main() -> None:
     parser = Parser(prog="python -m miniflux.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tables", nargs="*", help=f"of {', '.join(BENCHES)} (default: all but disk)")

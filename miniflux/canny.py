@@ -12,6 +12,7 @@ FLUX.1 Canny was trained on the edges of OpenCV's `cv2.Canny`, whose integer ari
 import numpy as np
 from PIL import Image
 
+from .command import command
 from .images import Picture, as_pil, check_number, check_output, read_picture, save
 
 
@@ -72,6 +73,7 @@ def hysteresis(weak: np.ndarray, strong: np.ndarray) -> np.ndarray:
     return edges.reshape(shape)[1:-1, 1:-1]
 
 
+@command
 def main() -> None:
     from . import cli
 

@@ -7,20 +7,25 @@ import argparse
 import inspect
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial, reduce
 from pathlib import Path
+from typing import NoReturn
 
 import torch
+from PIL import Image
 from torch import Tensor
 
-from . import __version__
+from . import __version__, command
 from .adapters.ip_adapter import add_ip_adapter
 from .adapters.lora import add_lora
 from .checkpoints.finding import list_models
 from .checkpoints.formats import joined_on_disk
+from .checks import check_number
+from .command import say
 from .controlnet import MODES, Control, load_controlnet
 from .devices import default_dtype, find_device
 from .engine import distributed
@@ -31,36 +36,95 @@ from .engine.offload import offload
 from .engine.quantize import FORMATS, quantize
 from .engine.tiling import tile
 from .flux import SCHEDULES, Flux
-from .images import check_output, number, save, strip, to_pil
+from .images import SIDES, check_output, number, rescue, save, strip, to_pil
 from .info import marks, spell
 from .latents import decode
 from .loading import assemble, load, with_schedule
 from .masks import blur_mask, expand_canvas, mask_from_alpha
-from .sampling import SAMPLERS, OnFinish
-from .settings import DEFAULTS, DISTILLED_STEPS
-from .watermark import add_watermark
+from .prompt import encode_prompt
+from .sampling import SAMPLERS, OnFinish, seeds_from
+from .settings import DEFAULTS, DISTILLED_STEPS, MAX_SEED
+from .watermark import MESSAGE, add_watermark
 
 PICTURES = ("image", "reference", "control_image", "canny", "depth", "ip_image", "negative_ip_image")  # flags that name some
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-class Parser(argparse.ArgumentParser):
-    """Answers a mistake with one line and exit code 2."""
+log = logging.getLogger("miniflux")
 
-    def error(self, message: str):
-        # Note: of several processes, only the first to fail says so.
-        self.exit(2, f"{self.prog}: {' '.join(str(message).split())}\n" if distributed.fails_first() else None)
+
+class Parser(command.Parser):
+    """Of several processes, only the first to fail says why."""
+
+    def error(self, message: str) -> NoReturn:
+        if not distributed.fails_first():
+            self.exit(2)
+        super().error(in_flags(self, message))
+
+
+class TaskParser(Parser):
+    """The parser of a task, which can point to the task that takes a flag."""
+
+    def describe(self, unknown: list[str]) -> str:
+        flag = next((word.partition("=")[0] for word in unknown if word.startswith("-")), None)
+        if flag in ELSEWHERE:
+            return f"{self.prog.rpartition('.')[2]} takes no {flag}: that is a flag of {ELSEWHERE[flag]}"
+        return super().describe(unknown)
+
+
+# Flags that only some tasks have.
+ELSEWHERE = {
+    "--image": "image_to_image, inpaint, fill, control, redux, kontext_edit and kontext_inpaint",
+    "--strength": "image_to_image, inpaint, fill, control and kontext_inpaint",
+    "--mask": "inpaint, fill, control and kontext_inpaint",
+    "--expand": "fill",
+    "--paste-back": "fill",
+    "--canny": "control",
+    "--depth": "control",
+    "--reference": "kontext_inpaint",
+    "--controlnet": "generate, image_to_image and inpaint",
+    "--ip-adapter": "generate, image_to_image, inpaint, kontext_edit and kontext_inpaint",
+}
+
+# Advice of the functions -> advice that a command line can follow.
+ADVICE = {
+    "strict=False leaves them out": "--lora-lenient leaves them out",
+    'ask for output="latents", or add vae/': "add vae/",
+    "pass an encoded Prompt, or add": "add",
+    'load("redux"), or add it with add_redux(flux, source)': "choose one that has, such as --model tiny-redux or --model redux",
+    ", and call start() in each of them": "",
+    "give image= too": "give --image too",
+    "the mode is ": "--control-mode is ",
+    "leave the mode out": "leave --control-mode out, or give none for this net",
+    "max_text_tokens is": "--max-text-tokens is",
+    "as image_encoder=": "as --image-encoder",
+}
+
+
+def in_flags(p: argparse.ArgumentParser, message: str) -> str:
+    """The message of a function with flags in the place of its keywords: `steps is 0` -> `--steps is 0`."""
+    for python, shell in ADVICE.items():
+        message = message.replace(python, shell)
+    for action in p._actions:
+        if not action.option_strings:
+            continue
+        name, flag = action.dest, action.option_strings[-1]
+        message = re.sub(rf"(?<![\w./-]){name}=", f"{flag} ", message)         # "choose with transformer=x"
+        message = re.sub(rf"^{name} (?=is |are |has )", f"{flag} ", message)
+        if "_" in name:                                     # no word of English, so it is the keyword
+            message = re.sub(rf"(?<![\w./-]){name}(?![\w./-])", flag, message)
+    return message
 
 
 class ListModels(argparse.Action):
     def __call__(self, parser, *_):
-        print("\n".join(list_models()))
+        say("\n".join(list_models()))
         parser.exit()
 
 
-def parser(task: str, description: str, prompt: bool = True) -> Parser:
+def parser(task: str, description: str, prompt: bool = True) -> TaskParser:
     """The flags of all tasks; a task adds its own."""
-    p = Parser(prog=f"python -m miniflux.{task}", description=description)
+    p = TaskParser(prog=f"python -m miniflux.{task}", description=description)
     if prompt:
         p.add_argument("prompt", help="what to paint")
     shape = "the model's" if task in ("generate", "redux") else "the picture's shape, at the model's number of pixels"
@@ -74,8 +138,10 @@ def parser(task: str, description: str, prompt: bool = True) -> Parser:
     p.add_argument("--steps", type=int,
                    help=f"steps from noise to picture (default {DEFAULTS[task].steps}; {DISTILLED_STEPS} for schnell)")
     p.add_argument("--guidance", type=float, help=f"how strictly to follow the prompt (default {DEFAULTS[task].guidance})")
-    p.add_argument("--seed", type=int, default=0, help="of the first picture; the next ones count up (default 0)")
+    p.add_argument("--seed", type=seed, default=0, help="of the first picture; the next ones count up (default 0)")
     p.add_argument("--num-images", type=int, default=1, help="pictures to paint (default 1)")
+    p.add_argument("--batch", type=int,
+                   help="pictures to paint at once; more need more memory, and share what --offload costs (default 1)")
     p.add_argument("--negative-prompt", help="what not to paint; acts with --true-cfg above 1 (default: none)")
     p.add_argument("--true-cfg", type=float, default=1.0, help="scale of two-pass guidance (default 1.0: off)")
     p.add_argument("--sigmas", type=float, nargs="+", help="own falling times in (0, 1], not --steps (default: even)")
@@ -85,6 +151,8 @@ def parser(task: str, description: str, prompt: bool = True) -> Parser:
     p.add_argument("--lora", nargs="+", default=[], metavar="FILE",
                    help="LoRAs to add: files, folders, Hub ids or shipped names (default: none)")
     p.add_argument("--lora-scales", type=float, nargs="+", metavar="SCALE", help="how strongly each of them acts (default: 1)")
+    p.add_argument("--lora-lenient", action="store_true",
+                   help="leave out what of a LoRA belongs to no part of this model (default: stop there)")
     p.add_argument("--device", help="cuda, mps, cpu (default: the first of these there is)")
     p.add_argument("--dtype", choices=DTYPES, help="of the weights (default bfloat16, float32 on the CPU)")
     p.add_argument("--offload", choices=TURNS, help="parts of the model take turns on the device (default: all are there)")
@@ -107,6 +175,18 @@ def parser(task: str, description: str, prompt: bool = True) -> Parser:
     p.add_argument("--version", action="version", version=__version__)
     p.shared = {action.dest for action in p._actions}
     return p
+
+
+def seed(text: str) -> int:
+    """A whole number. Other programs draw one for "random" or -1; here a picture can be painted again."""
+    try:
+        number = int(text)
+    except ValueError:
+        number = -1
+    if not 0 <= number <= MAX_SEED:
+        raise argparse.ArgumentTypeError(f"{text!r} is no seed: expected a whole number from 0 to {MAX_SEED} (for another picture "
+                                         "each time, draw one yourself: --seed $RANDOM)")
+    return number
 
 
 def add_strength(p: Parser, default: float) -> None:
@@ -155,6 +235,8 @@ def controls(flux: Flux, args: argparse.Namespace) -> list[Control]:
     nets, weight, columns = args.controlnet or [], flux.mmdit.img_in.weight, []
     for field in Control._fields[1:]:
         values = getattr(args, f"control_{field}") or ([] if field == "image" else [Control._field_defaults[field]])
+        if values and not nets and getattr(args, f"control_{field}"):
+            raise ValueError(f"--control-{field} without a ControlNet: name one by --controlnet, or use the task control")
         if len(values) != len(nets) and (len(values) > 1 or field == "image"):
             raise ValueError(f"there are {len(values)} values of --control-{field} for {len(nets)} ControlNets: give one for each")
         columns.append(values * len(nets) if len(values) == 1 else values)
@@ -180,15 +262,26 @@ def add_auto_resize(p: Parser) -> None:
 def run(p: Parser, paint: Callable, inputs: Callable[[Flux, argparse.Namespace], dict] = lambda flux, args: {},
         argv: list[str] | None = None) -> None:
     """Parse, load, paint, save; every mistake of the user ends in one line. Each flag is the keyword of `paint` of its name;
-    `inputs` makes those that take more than a flag."""
+    `inputs` makes those that take more than a flag.
+
+    What can be checked is checked before the first step. The pictures are painted and saved one after the other (--batch at
+    once), so that whatever happens later, or to one of them, costs no other."""
     args = p.parse_args(argv)
     leads = distributed.leads()
     quiet = args.quiet or not leads
     logging.basicConfig(level=logging.ERROR if quiet else logging.INFO, format="%(message)s", stream=sys.stderr)
+    written: list[Path] = []
     try:
         device = distributed.start(args.device) if distributed.several() else args.device
+        count = check_number("--num-images", args.num_images, 1, 1000, whole=True)
+        at_once = count if args.batch is None and distributed.several() else min(args.batch or 1, count)
+        check_number("--batch", 1 if args.batch is None else args.batch, 1, 1000, whole=True)
         output = check_output(args.output)
+        paths = [number(output, i, count) for i in range(count)]
+        for path in {paths[-1]} - {output}:
+            check_output(path)
         preview = check_output(os.path.splitext(args.output)[0] + "-preview.png") if args.preview or args.preview_with else None
+        note_flags_without_effect(args)
         finish = on_finish(args)
         dtype = DTYPES.get(args.dtype)
         if args.shard:                                      # each process takes its share from the CPU's memory
@@ -203,28 +296,93 @@ def run(p: Parser, paint: Callable, inputs: Callable[[Flux, argparse.Namespace],
         if args.preview_with:
             from .preview import load_preview
             look = load_preview(args.preview_with, flux)
-        states: list[tuple[float, Tensor]] = []
-        pictures = paint(flux, **asked(flux, args, paint) | inputs(flux, args) | {
-            "output": "pil", "progress": not quiet, "on_finish": finish,
-            "on_step": (lambda step, t, x: states.append((t, x[:1]))) if preview else None})
+        keywords = asked(flux, args, paint) | inputs(flux, args)
+        if at_once < count:                                 # the text is encoded once for all pictures
+            keywords |= {name: encode_prompt(flux, keywords[name], args.max_text_tokens)
+                         for name in ("prompt", "negative_prompt") if keywords.get(name) is not None}
         own = {name: value for name, value in vars(args).items() if name not in p.shared and value not in (None, False)}
         metadata = {"prompt": args.prompt, "model": args.model, "version": __version__} | own
         exif = marks(p.prog.rpartition(".")[2], flux.config.name, None if args.no_metadata else args.prompt)
         if args.lora:
             metadata["lora"] = ", ".join(f"{file} {scale:g}" for file, scale in zip(args.lora, lora_scales(args)))
-        sheet = strip([*estimates(states, look, finish), pictures[0]]) if preview else None
-        if not leads:
-            return
-        for i, picture in enumerate(pictures):
-            path = number(output, i, len(pictures))
-            made = metadata | picture.info | {"command": spell(p, args, args.seed + i)}
-            save(picture, path, {} if args.no_metadata else made, exif)
-            print(path)
-        if preview:
-            save(sheet, preview, {} if args.no_metadata else metadata | pictures[0].info, exif)
-            print(preview)
+        seeds, states, trouble = seeds_from(args.seed, count), [], []
+
+        def before_step(step: int, t: float, x: Tensor) -> None:
+            if step == 0 and not written and leads:
+                check_size(args, paths, 8 * x.shape[3], 8 * x.shape[2])
+            if preview and not written:
+                states.append((t, x[:1]))
+
+        for first in range(0, count, at_once):
+            pictures = paint(flux, **keywords | {
+                "seed": seeds[first], "num_images": min(at_once, count - first), "output": "pil", "progress": not quiet,
+                "on_finish": finish, "on_step": before_step})
+            if not leads:
+                continue
+            for picture, path, own_seed in zip(pictures, paths[first:], seeds[first:]):
+                made = {} if args.no_metadata else metadata | picture.info | {"command": spell(p, args, own_seed)}
+                place, mishap = rescue(picture, path, made, exif)
+                trouble += [mishap] if mishap else []
+                if place:
+                    written.append(place)
+                    say(place)
+            if preview and first == 0:
+                made = {} if args.no_metadata else metadata | pictures[0].info
+                trouble += write_preview(states, look, finish, pictures[0], preview, made, exif)
+        if trouble:
+            p.error("; ".join(trouble))
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"stopped; {len(written)} of {args.num_images} pictures are written") from None
     except (ValueError, OSError, torch.OutOfMemoryError) as error:
         p.error(str(error))
+
+
+def check_size(args: argparse.Namespace, paths: list[Path], width: int, height: int) -> None:
+    """Before the first step: can pictures of this size be written as is asked for?"""
+    suffix = paths[0].suffix.lower()
+    if max(width, height) > SIDES[suffix]:
+        raise ValueError(f"a {suffix} holds at most {SIDES[suffix]} pixels a side, this picture has {width} x {height}: give --output a "
+                         "name that ends in .png")
+    if args.watermark and (width // 8) * (height // 8) < len(MESSAGE):
+        raise ValueError(f"{width} x {height} pixels have no room for the watermark's {len(MESSAGE)} bits, of 8 x 8 pixels each: make "
+                         "the picture larger, or leave --watermark out")
+    # Note: a PNG of noise is as large as its bytes.
+    check_output(paths[0], room=3 * width * height * len(paths))
+
+
+def note_flags_without_effect(args: argparse.Namespace) -> None:
+    """Flags that only act together with others, which are not there."""
+    guided = args.true_cfg > 1
+    notes = {
+        "--negative-prompt acts only with --true-cfg above 1": args.negative_prompt and not guided,
+        "--true-cfg acts only with a --negative-prompt": guided and args.negative_prompt is None,
+        "--ip-adapter acts only with an --ip-image": getattr(args, "ip_adapter", None) and not args.ip_image,
+        "--negative-ip-image acts only with --true-cfg above 1 and a --negative-prompt":
+            getattr(args, "negative_ip_image", None) and not (guided and args.negative_prompt is not None),
+        "--lora-lenient acts only with --lora": args.lora_lenient and not args.lora,
+        "--thresholds acts only with --canny": tuple(getattr(args, "thresholds", (50, 200))) != (50, 200) and not args.canny,
+        "--mask-blur acts only with a mask": getattr(args, "mask_blur", 0) and not getattr(args, "mask", None)
+            and not getattr(args, "mask_from_alpha", False) and not getattr(args, "expand", None),
+    }
+    for note, applies in notes.items():
+        if applies:
+            log.warning("%s: it changes nothing here", note)
+    low, high = getattr(args, "thresholds", (0, 1))
+    if low > high:
+        raise ValueError(f"--thresholds are {low:g} and {high:g}: expected the lower one first")
+
+
+def write_preview(states: list[tuple[float, Tensor]], look: Callable[[Tensor], Tensor], finish: OnFinish | None, last: Image.Image,
+                  path: Path, metadata: dict, exif: dict[int, bytes]) -> list[str]:
+    """Write the strip of what each step expected; returns what went wrong. The pictures are written before."""
+    try:
+        save(strip([*estimates(states, look, finish), last]), path, metadata, exif)
+    except Exception as error:
+        if not isinstance(error, (ValueError, OSError)) and not command.is_out_of_memory(error):
+            raise
+        return [f"the preview {path} cannot be written: {' '.join(str(error).split()):.200}"]
+    say(path)
+    return []
 
 
 def on_finish(args: argparse.Namespace) -> OnFinish | None:
@@ -245,8 +403,17 @@ def on_finish(args: argparse.Namespace) -> OnFinish | None:
                     raise ValueError(f"the picture {path} was stopped by the content filter: try another")
         steps.append(stop_flagged(filters))
     if args.watermark:
-        steps.append(add_watermark)
+        steps.append(marked)
     return (lambda pictures: reduce(lambda seen, step: step(seen), steps, pictures)) if steps else None
+
+
+def marked(pictures: Tensor) -> Tensor:
+    """With the watermark, or as they are if they are too small for it (as with --paste-back into a small picture)."""
+    try:
+        return add_watermark(pictures)
+    except ValueError as error:
+        log.error("written without the watermark: %s", error)
+        return pictures
 
 
 def offloaded(args: argparse.Namespace, device: torch.device, dtype: torch.dtype | None) -> Flux:
@@ -261,9 +428,25 @@ def offloaded(args: argparse.Namespace, device: torch.device, dtype: torch.dtype
 
 def lora_scales(args: argparse.Namespace) -> list[float]:
     scales = [1.0] * len(args.lora) if args.lora_scales is None else args.lora_scales
+    if not args.lora and scales:
+        raise ValueError("--lora-scales without a LoRA: name one by --lora")
     if len(scales) != len(args.lora):
         raise ValueError(f"there are {len(scales)} scales for {len(args.lora)} LoRAs: give one for each")
     return scales
+
+
+def lora_names(files: list[str]) -> list[str]:
+    """A name of its own for each file: its last part, or the whole path where several end alike.
+
+    >>> lora_names(["a/neon.safetensors", "b/neon.safetensors", "c/ink.safetensors"])
+    ['a/neon.safetensors', 'b/neon.safetensors', 'ink']
+    """
+    short = [Path(file).name.removesuffix(".safetensors") for file in files]
+    names = [name if short.count(name) == 1 else file for name, file in zip(short, files)]
+    for i, name in enumerate(names):
+        if name in names[:i]:                               # the very same file twice
+            names[i] = f"{name} ({names[:i].count(name) + 1})"
+    return names
 
 
 def adapt(flux: Flux, args: argparse.Namespace) -> Flux:
@@ -271,8 +454,8 @@ def adapt(flux: Flux, args: argparse.Namespace) -> Flux:
     if args.shard and args.offload:
         raise ValueError("--shard and --offload both say where the weights lie: give one of them")
     flux = quantize(flux, args.quantize) if args.quantize else flux
-    for file, scale in zip(args.lora, lora_scales(args)):
-        flux = add_lora(flux, file, scale)
+    for file, scale, name in zip(args.lora, lora_scales(args), lora_names(args.lora)):
+        flux = add_lora(flux, file, scale, name, strict=not args.lora_lenient)
     for file in getattr(args, "ip_adapter", None) or []:
         flux = add_ip_adapter(flux, file, args.image_encoder)
     flux = compile(flux) if args.compile else flux
@@ -297,8 +480,8 @@ def asked(flux: Flux, args: argparse.Namespace, paint: Callable) -> dict:
 
 def estimates(states: list[tuple[float, Tensor]], look: Callable[[Tensor], Tensor], finish: OnFinish | None) -> list:
     """Pictures of where each step but the last expects the flow to end: x - t·v, with v from the step that followed."""
-    ends = [x - t * (x_next - x) / (t_next - t) for (t, x), (t_next, x_next) in zip(states, states[1:])]
-    if not ends:
-        return []
-    pictures = look(torch.cat(ends))
-    return to_pil(finish(pictures) if finish else pictures)
+    pictures = []
+    for (t, x), (t_next, x_next) in zip(states, states[1:]):
+        seen = look(x - t * (x_next - x) / (t_next - t))    # one at a time: memory for one picture is there
+        pictures += to_pil(finish(seen) if finish else seen)
+    return pictures

@@ -14,6 +14,7 @@ from argparse import Namespace
 from typing_extensions import Unpack
 
 from .canny import canny
+from .command import command
 from .depth import depth, load_depth
 from .flux import Flux
 from .generate import sample
@@ -73,6 +74,7 @@ def look(flux: Flux, args: Namespace) -> dict:
             depth(picture, load_depth(args.depth_model, device=args.device), standard=args.depth_standard)}
 
 
+@command
 def main() -> None:
     from . import cli
 

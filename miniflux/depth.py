@@ -19,8 +19,20 @@ from PIL import Image
 from torch import Tensor
 
 from .checkpoints.vision import find_folder, load_depth_anything
+from .command import command
 from .devices import find_device
-from .images import BICUBIC, IMAGENET_COLOURS, Picture, check_output, read_picture, save, size_of, standardise, to_pil, to_tensor
+from .images import (
+    BICUBIC,
+    IMAGENET_COLOURS,
+    Picture,
+    check_output,
+    read_picture,
+    save,
+    size_of,
+    standardise,
+    to_pil,
+    to_tensor,
+)
 from .networks.depth_anything import DepthAnything
 
 MAX_PIXELS = 4096 * 4096
@@ -75,6 +87,7 @@ def standard_size(width: int, height: int, net: DepthAnything) -> tuple[int, int
     return round(scale * width / patch) * patch, round(scale * height / patch) * patch
 
 
+@command
 def main() -> None:
     from . import cli
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from .checks import check_switch
+from .command import command
 from .flux import Flux
 from .generate import sample
 from .images import Picture, Pictures, fit, read_pictures, size_of, to_tensor
@@ -72,6 +73,7 @@ def fill_channels(flux: Flux, known: Tensor, hole: Tensor) -> Tensor:
     return torch.cat([patchify(z), patchify(m.to(z))], dim=-1)
 
 
+@command
 def main() -> None:
     from . import cli
 

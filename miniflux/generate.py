@@ -12,6 +12,7 @@ from collections.abc import Callable
 from torch import Tensor
 from typing_extensions import Unpack
 
+from .command import command
 from .flux import Flux
 from .images import Pictures, log, to_pil
 from .latents import decode
@@ -121,6 +122,7 @@ def finish(on_finish: OnFinish, images: Tensor) -> Tensor:
     return finished
 
 
+@command
 def main() -> None:
     from . import cli
 

@@ -9,6 +9,7 @@ The image's latents z are noised to x = t · eps + (1 - t) · z, where t is the 
 
 from typing_extensions import Unpack
 
+from .command import command
 from .flux import Flux
 from .generate import sample
 from .images import Picture, Pictures, fit, read_pictures, size_of
@@ -35,6 +36,7 @@ def image_to_image(flux: Flux, prompt: Text, image: Picture | list[Picture], *,
     return sample(flux, prompt, call, start=start)
 
 
+@command
 def main() -> None:
     from . import cli
 

@@ -8,6 +8,8 @@
 
 import logging
 import os
+import shutil
+import tempfile
 import warnings
 from pathlib import Path
 
@@ -25,6 +27,7 @@ MULTIPLE = 16              # pixels a side that one token covers: 8 for the auto
 MAX_SIDE = 16_384
 MAX_PIXELS = 89_478_485    # of a picture given by the caller: Pillow's own limit, a quarter of a GB
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+SIDES = {".png": 2**31 - 1, ".jpg": 65_500, ".jpeg": 65_500, ".webp": 16_383}      # the most pixels a side
 OUTPUTS = ("pil", "tensor", "latents")
 CLIP_COLOURS = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # mean and deviation of red, green, blue
 IMAGENET_COLOURS = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -213,30 +216,81 @@ def strip(pictures: list[Image.Image]) -> Image.Image:
     return sheet
 
 
-def check_output(path: str | os.PathLike) -> Path:
-    """The path, if a picture can be written there; raises ValueError or OSError before any work is done."""
+def check_output(path: str | os.PathLike, room: int = 0) -> Path:
+    """The path, if an image can be written there, and `room` bytes are free; raises ValueError before any work is done."""
     path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"the output {path} is a folder: expected the name of a file in it, such as {path / 'image.png'}")
     if path.suffix.lower() not in FORMATS:
         raise ValueError(f"the output {path} must end in {', '.join(FORMATS)}")
-    if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        raise ValueError(f"{path} cannot be written: its folder must exist and be writable, and it must not be a folder itself")
+    if not path.parent.is_dir():
+        raise ValueError(f"{path} cannot be written: the folder {path.parent} does not exist; create it first")
+    try:
+        # Note: the only sure way to know whether a file can be written there is to write one.
+        probe = partial_path(path)
+        probe.write_bytes(bytes(4096))
+        probe.unlink()
+        if path.exists() and not os.access(path, os.W_OK):
+            raise PermissionError(13, "the file is there, and may not be changed")
+        free = shutil.disk_usage(path.parent).free
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ValueError(f"{path} cannot be written: {reason}") from None
+    if free < room:
+        raise ValueError(f"{path} cannot be written: {free / 2**20:.0f} MiB are free on the disk, up to {room / 2**20:.0f} are needed")
     return path
+
+
+def partial_path(path: Path) -> Path:
+    """Where a file is written before it gets its name."""
+    return path.with_name(f".{path.name}.{os.getpid()}.part")
+
+
+def encodable(value: object) -> str:
+    """The text of a value, with escapes for what UTF-8 has no bytes for.
+
+    Note: the name of a file need not be text: caf\\xe9.png from an old archive has a half of a pair in it."""
+    return str(value).encode("utf-8", "backslashreplace").decode("utf-8").replace("\0", "")
 
 
 def save(picture: Image.Image, path: Path, metadata: dict[str, object], exif: dict[int, bytes] | None = None) -> None:
     """Write the picture under a temporary name, then rename it; a PNG carries the metadata as text, every format the EXIF tags."""
     info = PngImagePlugin.PngInfo()
     for key, value in metadata.items():
-        info.add_itxt(key, str(value))
+        info.add_itxt(key, encodable(value))
     kind, tags = FORMATS[path.suffix.lower()], Image.Exif()
     tags.update(exif or {})
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+    partial = partial_path(path)
     try:
         how = {"PNG": {"pnginfo": info}, "JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"quality": 95}}[kind]
         picture.save(partial, format=kind, **how, **({"exif": tags} if exif else {}))
         os.replace(partial, path)
+    except OSError as error:
+        raise OSError(f"{path} cannot be written: {error.strerror or error}") from None
     finally:
         partial.unlink(missing_ok=True)
+
+
+def rescue(picture: Image.Image, path: Path, metadata: dict[str, object], exif: dict[int, bytes] | None = None
+           ) -> tuple[Path | None, str | None]:
+    """Save a picture that has cost much, whatever it takes: without metadata, as a PNG, in the folder for temporary files.
+
+    Returns where it lies now (None: nowhere), and what went wrong (None: nothing)."""
+    reason = ""
+    png = path.with_suffix(".png")
+    tries = [(path, metadata, exif), (path, {}, None)]
+    if png != path and not png.exists():
+        tries.append((png, {}, None))
+    for place, text, tags in tries + [(None, {}, None)]:
+        try:
+            place = place or Path(tempfile.mkdtemp(prefix="miniflux-")) / png.name
+            save(picture, place, text, tags)
+        except Exception as error:                          # Pillow's encoders raise what they like
+            reason = reason or str(error) or type(error).__name__
+            continue
+        where = "is written without its metadata" if place == path else f"is in {place}"
+        return place, f"{reason}; the picture {where}" if reason else None
+    return None, reason
 
 
 def number(path: Path, i: int, count: int) -> Path:

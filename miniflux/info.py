@@ -16,6 +16,7 @@ from pathlib import Path
 from PIL import Image
 
 from .checkpoints.hub import OFFICIAL
+from .command import command
 from .images import open_picture, to_rgb, to_tensor
 from .settings import DEFAULTS
 from .watermark import MESSAGE, read_watermark
@@ -23,7 +24,7 @@ from .watermark import MESSAGE, read_watermark
 DESCRIPTION, MAKE, MODEL, SOFTWARE = 0x010E, 0x010F, 0x0110, 0x0131
 EXIF = {SOFTWARE: "software", MAKE: "make", MODEL: "exif model", DESCRIPTION: "description"}
 KINDS = {"generate": "txt2img", "fill": "inpainting", "inpaint": "inpainting", "kontext_inpaint": "inpainting"}
-ONCE = ("output", "num_images", "preview", "preview_with", "quiet", "no_metadata", "shard")  # flags that do not change a picture
+ONCE = ("output", "num_images", "batch", "preview", "preview_with", "quiet", "no_metadata", "shard")  # flags that do not change a picture
 
 
 def marks(task: str, model: str, prompt: str | None) -> dict[int, bytes]:
@@ -31,7 +32,7 @@ def marks(task: str, model: str, prompt: str | None) -> dict[int, bytes]:
     made = {SOFTWARE: f"AI generated;{KINDS.get(task, 'img2img')};flux", MODEL: f"flux-{model}",
             MAKE: "Black Forest Labs" if model in OFFICIAL else "miniflux", DESCRIPTION: prompt}
     # Note: a JPEG has room for 64 KiB of EXIF.
-    return {tag: text.encode()[:60_000] for tag, text in made.items() if text}
+    return {tag: text.encode("utf-8", "backslashreplace")[:60_000] for tag, text in made.items() if text}
 
 
 def spell(parser, args, seed: int) -> str:
@@ -92,6 +93,7 @@ def has_watermark(image: Image.Image) -> bool:
     return read_watermark(to_tensor(to_rgb(image, "white", "picture"), width, height)) == [MESSAGE]
 
 
+@command
 def main() -> None:
     from . import cli
 

@@ -11,6 +11,7 @@ from dataclasses import replace
 
 from typing_extensions import Unpack
 
+from .command import command
 from .flux import Flux
 from .generate import sample
 from .images import Picture, Pictures, fit, read_pictures, size_of
@@ -52,6 +53,7 @@ def inpaint(flux: Flux, prompt: Text, image: Picture | list[Picture], mask: Pict
     return sample(flux, prompt, call, start=start, mask=latent_mask(hole), composite=paste_back)
 
 
+@command
 def main() -> None:
     from . import cli
 

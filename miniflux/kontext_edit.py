@@ -11,6 +11,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from .checks import check_number, check_switch
+from .command import command
 from .flux import Flux
 from .generate import sample
 from .images import (
@@ -98,6 +99,7 @@ def reference_tokens(z: Tensor) -> Conditions:
     return Conditions(img_cond_seq=patchify(z), img_cond_seq_ids=image_ids(*z.shape[2:], index=1))
 
 
+@command
 def main() -> None:
     from . import cli
 

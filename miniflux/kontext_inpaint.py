@@ -10,6 +10,7 @@ The seams: what enters the transformer, the start, and the velocity.
 
 from typing_extensions import Unpack
 
+from .command import command
 from .flux import Flux
 from .generate import sample
 from .images import Picture, Pictures, fit, read_pictures, size_of
@@ -59,6 +60,7 @@ def kontext_inpaint(flux: Flux, prompt: Text, image: Picture | list[Picture],
                   composite=paste_back)
 
 
+@command
 def main() -> None:
     from . import cli
 

@@ -23,6 +23,7 @@ from .checkpoints.finding import shipped_models
 from .checkpoints.formats import joined_on_disk, only_shapes
 from .checkpoints.hub import OFFICIAL, find_in_cache
 from .checkpoints.packed import PackedLinear
+from .command import command
 from .devices import default_dtype, find_device
 from .engine import offload
 from .engine.modulation import LIMIT, precompute_modulation
@@ -170,6 +171,7 @@ def load_fitting(source: str | Path, device: torch.device, dtype: torch.dtype, t
         return offload.offload(assemble(source, torch.device("cpu"), None, transformer), device, mode, dtype=dtype)
 
 
+@command
 def main() -> None:
     from .cli import DTYPES, Parser
 

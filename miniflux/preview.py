@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .checkpoints.hub import find_network
 from .checkpoints.vision import load_taef1, read_preview
+from .command import command
 from .flux import Flux
 from .images import Picture, fit, natural_size, read_each, size_of
 from .latents import encode
@@ -60,6 +61,7 @@ def linear_preview(table: Tensor, z: Tensor) -> Tensor:
     return F.interpolate(colours, scale_factor=8, mode="bilinear").clamp(0, 1)
 
 
+@command
 def main() -> None:
     from . import cli
 

@@ -13,6 +13,7 @@ import torch
 from typing_extensions import Unpack
 
 from .checks import check_number, to_number
+from .command import command
 from .flux import Flux
 from .generate import sample
 from .images import BICUBIC, Picture, Pictures, fit, read_each
@@ -79,6 +80,7 @@ def weights(name: str, values: float | Sequence[float], count: int) -> torch.Ten
     return torch.tensor([check_number(f"each of the {name}", value, -100, 100) for value in values], dtype=torch.float32)
 
 
+@command
 def main() -> None:
     from . import cli
 

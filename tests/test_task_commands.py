@@ -135,7 +135,7 @@ def test_help_names_every_flag_with_its_default(monkeypatch, capsys, task):
     ("control", "owl --canny a.png --width 8", "control needs a transformer with 128 input channels"),
     ("redux", "", "the following arguments are required: --image"),
     ("generate", "owl --controlnet net.safetensors", "there are 0 values of --control-image for 1 ControlNets"),
-    ("generate", "owl --control-image a.png", "there are 1 values of --control-image for 0 ControlNets"),
+    ("generate", "owl --control-image a.png", "--control-image without a ControlNet: name one by --controlnet, or use the task control"),
     ("generate", "owl --controlnet nowhere.safetensors --control-image a.png", "the ControlNet nowhere.safetensors does not exist"),
     ("generate", "owl --ip-image a.png", "name one by --ip-adapter"),
     ("inpaint", "owl --image a.png --mask mask.png --negative-ip-image a.png", "name one by --ip-adapter"),

@@ -27,6 +27,7 @@ from ..checkpoints.formats import listing
 from ..checkpoints.hub import find_network
 from ..checkpoints.packed import PackedLinear
 from ..checks import check_number
+from ..command import command, say, tell
 from ..flux import Flux
 from ..images import log
 from ..networks.layers import Linear
@@ -256,28 +257,30 @@ def frozen(tensor: Tensor) -> nn.Parameter:
     return nn.Parameter(tensor, requires_grad=False)
 
 
+@command
 def main() -> None:
     from ..cli import Parser
 
     parser = Parser(prog="python -m miniflux.adapters.lora",
                     description="Lists what LoRA files hold, without loading a model; "
-                    "the exit code is 1 if anything in them is not understood.")
+                    "the exit code is 1 if anything in them is not understood, 2 if one "
+                    "cannot be read.")
     parser.add_argument("files", nargs="+", metavar="FILE",
                         help="a safetensors file, a folder with one, a Hub id or a shipped name")
-    table, understood = None, True
+    table, code = None, 0
     for file in parser.parse_args().files:
         table = table or official_targets()
         try:
             parsed = read_lora(find_network(file, "LoRA"), table)
         except (ValueError, OSError) as error:
-            understood = False
-            print(f"{file}: {error}")
+            tell(f"{file}: {error}")
+            code = 2
             continue
-        print(f"{file}: {parsed}")
+        say(f"{file}: {parsed}")
         if parsed.unmatched:
-            understood = False
-            print(f"{file}: not matched are {listing(parsed.unmatched)}")
-    raise SystemExit(0 if understood else 1)
+            say(f"{file}: not matched are {listing(parsed.unmatched)}")
+            code = code or 1
+    raise SystemExit(code)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ Shapes of attention: qkv (B, S, 3, H, D), pe (S, D/2, 2, 2) in float32, img_scal
 (2, D): the scales of queries and keys. Those of txt_scale are for the first L tokens.
 """
 
-import argparse
 from collections.abc import Callable
 from importlib import import_module
 from types import ModuleType
@@ -27,6 +26,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
+
+from ..command import Parser, command
 
 
 def find(name: str) -> tuple[ModuleType | None, str]:
@@ -357,8 +358,9 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 # ----------------------------------------------------------------------------------- the command
 
 
+@command
 def main() -> None:
-    argparse.ArgumentParser(
+    Parser(
         prog="python -m miniflux.engine.native",
         description="List the compiled kernels and which of them are used here.",
     ).parse_args()

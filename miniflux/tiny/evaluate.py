@@ -23,6 +23,7 @@ import torch
 from tqdm import tqdm
 
 from .. import cli
+from ..command import command
 from ..flux import Flux
 from ..generate import generate
 from ..images import check_number, check_output, save, to_pil
@@ -148,6 +149,7 @@ def table(report: Report) -> str:
                       f"painted in {report.seconds:.1f} s, {report.seconds / n:.2f} s a picture"])
 
 
+@command
 def main(argv: list[str] | None = None) -> None:
     parser = cli.Parser(prog="python -m miniflux.tiny.evaluate", description="Measure a tiny model on held-out combinations.")
     parser.add_argument("model", nargs="?", default="tiny", help="a shipped name or a folder (default tiny)")

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 
 from ..adapters.ip_adapter import add_ip_adapter
 from ..cli import Parser
+from ..command import command
 from ..control import control
 from ..controlnet import load_controlnet
 from ..fill import fill
@@ -149,6 +150,7 @@ def follows(result: np.ndarray, before: np.ndarray, after: np.ndarray) -> tuple[
     return to_after < to_before / 2, 10 * np.log10(255**2 / max(error, 1e-9))
 
 
+@command
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(prog="python -m miniflux.tiny.evaluate_variant", description="Measure a variant on held-out combinations.")
     parser.add_argument("variant", choices=[*VARIANTS, "kontext", "redux", "controlnet", "ip-adapter"], help="what the model is made for")

@@ -18,6 +18,7 @@ from ..checkpoints.finding import shipped_models
 from ..checkpoints.hub import SHIPPED
 from ..checkpoints.names import autoencoder_to_diffusers, mmdit_to_diffusers
 from ..cli import Parser
+from ..command import command
 from ..flux import Flux
 from ..loading import load
 from ..networks.autoencoder import Autoencoder, AutoencoderConfig
@@ -160,6 +161,7 @@ def write_model(folder: Path, flux: Flux) -> None:
         write_redux(folder, flux.siglip, flux.redux)
 
 
+@command
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(prog="python -m miniflux.tiny.export", description="Write a shipped model as a whole folder in the diffusers layout.")
     parser.add_argument("model", choices=list(shipped_models()), help="a shipped name")

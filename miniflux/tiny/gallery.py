@@ -13,6 +13,7 @@ from ..adapters.lora import add_lora
 from ..canny import canny
 from ..checkpoints.finding import shipped_models
 from ..cli import Parser
+from ..command import command
 from ..control import control
 from ..controlnet import load_controlnet
 from ..fill import fill
@@ -72,6 +73,7 @@ def pictures() -> list[tuple[str, np.ndarray]]:
     return [(what, np.asarray(picture)) for what, picture in sheet]
 
 
+@command
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(prog="python -m miniflux.tiny.gallery", description="Paint a sheet of what the shipped models do.")
     parser.add_argument("--output", default="gallery.png", help="the picture to write (default gallery.png)")

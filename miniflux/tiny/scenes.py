@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw
 
+from ..command import command
 from .glyphs import COLOURS, HIDDEN_ON, OBJECTS, PLURALS, RECOLOURABLE, SYNONYMS, stamp
 from .grounds import GROUNDS, PLAIN, SCENIC, SIDE, paint_ground
 from .styles import COLOURLESS, STYLES, restyle
@@ -254,6 +255,7 @@ def samples(seed: int) -> list[tuple[np.ndarray, str]]:
     return shown
 
 
+@command
 def main() -> None:
     from ..cli import Parser
     from ..images import check_output, save

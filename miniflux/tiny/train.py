@@ -28,6 +28,7 @@ from torch import Tensor
 from ..checkpoints.finding import whole_models
 from ..checkpoints.layouts import load_autoencoder
 from ..cli import Parser
+from ..command import command
 from ..devices import find_device
 from ..engine import distributed
 from ..loading import load
@@ -126,6 +127,7 @@ def train_variant_stage(work: Path, stage: str, steps: int | None, minutes: floa
     vocabulary.write_json(work / stage / "variant.json", description)        # `load` opens the stage's folder
 
 
+@command
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(prog="python -m miniflux.tiny.train", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
