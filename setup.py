@@ -4,7 +4,7 @@
     miniflux._cuda       csrc/cuda/: needs nvcc as well; no driver, no GPU, no PyTorch for CUDA
 
 Both are optional: where one cannot be built, the package is installed without it, and PyTorch's own operations do its work.
-MINIFLUX_REQUIRE_NATIVE=1 makes a failed build an error. `python -m miniflux.engine.native` says what there is.
+MINIFLUX_REQUIRE_NATIVE=1 makes a failed build an error. `python -m miniflux.networks.native` says what there is.
 """
 
 import os

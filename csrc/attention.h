@@ -42,7 +42,7 @@ template <typename T> struct Problem {
 using Sizes = std::array<int64_t, 5>;  // B, H, S, L, D
 using Steps = std::array<int64_t, 4>;  // of qkv (B, S, 3, H, D): batch, token, from q to k to v, head
 
-// The problem as miniflux/engine/native.py states it: addresses of qkv (B, S, 3, H, D), text, image, pe and out (B, S, H, D).
+// The problem as miniflux/networks/native.py states it: addresses of qkv (B, S, 3, H, D), text, image, pe and out (B, S, H, D).
 template <typename T>
 Problem<T> problem(Sizes sizes, uintptr_t qkv, Steps steps, uintptr_t text, uintptr_t image, uintptr_t pe, uintptr_t out) {
     auto [B, H, S, L, D] = sizes;

@@ -26,7 +26,7 @@ COMMANDS = {
     "preview": ("preview", "fit the linear map that previews latents"),
     "lora": ("adapters.lora", "list what LoRA files hold"),
     "plan": ("plan", "list the ways of running a model that fit in memory"),
-    "native": ("engine.native", "show which compiled kernels are in use"),
+    "native": ("networks.native", "show which compiled kernels are in use"),
     "bench": ("bench", "measure speed and memory, beside diffusers"),
     "tiny train": ("tiny.train", "train the small models"),
     "tiny scenes": ("tiny.scenes", "draw scenes of the small models' world"),

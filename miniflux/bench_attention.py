@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .engine import native
+from .networks import native
 from .networks.attention import BACKENDS, attention, rope_table
 
 CPU = ((1, 4, 96, 64), (1, 4, 320, 64), (1, 24, 1536, 128))                     # (B, H, S, D)

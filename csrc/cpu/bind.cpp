@@ -1,5 +1,5 @@
 // The module miniflux._cpu. Addresses come as integers and steps in elements from
-// miniflux/engine/native.py, which checks the tensors. What can be checked without tensors is
+// miniflux/networks/native.py, which checks the tensors. What can be checked without tensors is
 // checked here once more, in nanoseconds.
 
 #include <pybind11/pybind11.h>

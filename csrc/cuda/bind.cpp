@@ -1,4 +1,4 @@
-// The module miniflux._cuda. Addresses come as integers and steps in elements from miniflux/engine/native.py, which has checked them.
+// The module miniflux._cuda. Addresses come as integers and steps in elements from miniflux/networks/native.py, which has checked them.
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import chunked
+from .attention_backends import chunked
 from .layers import clamp_fp16
 
 

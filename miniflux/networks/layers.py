@@ -6,7 +6,7 @@ go to compiled kernels (csrc/cpu/layers.cpp): in the tiny model they take two th
 import torch
 from torch import Tensor, nn
 
-from ..engine import native
+from . import native
 
 
 class Linear(nn.Linear):

@@ -40,8 +40,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..engine import native
-from .attention import attention, head_norm, look, rope_table
+from . import native
+from .attention import attention, cross_attention, rms_norm, rope_table
 from .layers import Linear, TanhGELU, clamp_fp16, tanh_gelu
 
 
@@ -118,7 +118,7 @@ class RMSNorm(nn.Module):
         self.scale = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        return head_norm(x, self.scale)                                     # (..., D)
+        return rms_norm(x, self.scale)                                     # (..., D)
 
 
 class QKNorm(nn.Module):
@@ -212,7 +212,7 @@ class DoubleBlock(nn.Module):
         for k, v in kv:
             # Note: with the image's queries before their rotation; neither projected nor gated.
             q = self.img_attn.norm.query_norm(img_qkv[:, :, 0].transpose(1, 2))  # (B, H, N, D)
-            img = img + look(q, k, v)                                       # (B, N, hidden)
+            img = img + cross_attention(q, k, v)                            # (B, N, hidden)
 
         # txt = txt + gate * proj(attention)
         txt = torch.addcmul(txt, txt_mod1.gate, self.txt_attn.proj(txt_attn))

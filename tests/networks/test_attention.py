@@ -2,6 +2,8 @@
 
 import doctest
 import math
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -10,19 +12,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from miniflux import generate, load
-from miniflux.engine import native
+from miniflux.networks import native
 from miniflux.networks import attention as module
+from miniflux.networks import attention_backends
 from miniflux.networks.attention import (
     BACKENDS,
-    CORES,
     apply_rope,
     attention,
     attention_backend,
-    choose,
+    attention_through,
+    cross_attention,
     formula,
-    head_norm,
+    rms_norm,
     rope_table,
 )
+from miniflux.networks.attention_backends import select_backend
 
 HERE = [name for name in BACKENDS if native._cpu or name not in ("native", "norm_rope")]
 
@@ -90,10 +94,10 @@ def normed(x, scale):
     return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * scale
 
 
-def written_out(qkv, pe, image, text, L):
+def written_out(qkv, pe, img_scale, txt_scale, L):
     """Attention of qkv (B, S, 3, H, D) from the parts above, text rows and image rows normalised apart."""
     q, k, v = qkv.permute(2, 0, 3, 1, 4)
-    q, k = (apply_rope(torch.cat([normed(x[:, :, :L], text[i]), normed(x[:, :, L:], image[i])], dim=2), pe) for i, x in enumerate((q, k)))
+    q, k = (apply_rope(torch.cat([normed(x[:, :, :L], txt_scale[i]), normed(x[:, :, L:], img_scale[i])], dim=2), pe) for i, x in enumerate((q, k)))
     return formula(q, k, v).transpose(1, 2).flatten(2)                          # (B, S, H·D)
 
 
@@ -104,24 +108,24 @@ def problem(tokens: int = 7, batch: int = 2):
 
 @pytest.mark.parametrize("name", HERE)
 def test_every_backend_computes_the_formula_of_normalised_and_turned_queries_and_keys(name):
-    qkv, pe, image, text = problem()
+    qkv, pe, img_scale, txt_scale = problem()
     for L in (0, 3, 7):
-        expected = written_out(qkv, pe, image, text, L)
-        torch.testing.assert_close(attention(qkv.clone(), pe, image, text, L, backend=name), expected, rtol=1e-5, atol=2e-6)
+        expected = written_out(qkv, pe, img_scale, txt_scale, L)
+        torch.testing.assert_close(attention(qkv.clone(), pe, img_scale, txt_scale, L, backend=name), expected, rtol=1e-5, atol=2e-6)
         with attention_backend(name):
-            torch.testing.assert_close(attention(qkv.clone(), pe, image, text, L), expected, rtol=1e-5, atol=2e-6)
+            torch.testing.assert_close(attention(qkv.clone(), pe, img_scale, txt_scale, L), expected, rtol=1e-5, atol=2e-6)
 
 
 def test_one_pair_of_scales_may_serve_all_tokens():
-    qkv, pe, image, _ = problem()
-    assert torch.equal(attention(qkv, pe, image), attention(qkv, pe, image, image, 4))
+    qkv, pe, img_scale, _ = problem()
+    assert torch.equal(attention(qkv, pe, img_scale), attention(qkv, pe, img_scale, img_scale, 4))
 
 
 def test_rms_norm_subtracts_no_mean_and_survives_float16():
     scale = torch.linspace(0.5, 2, 8)
     for x in (torch.randn(3, 8) + 5, 1e-3 * torch.randn(3, 8)):
-        torch.testing.assert_close(head_norm(x, scale), normed(x, scale))
-    big = head_norm(torch.full((1, 8), 1000.0, dtype=torch.float16), scale)     # its square is not a float16 number
+        torch.testing.assert_close(rms_norm(x, scale), normed(x, scale))
+    big = rms_norm(torch.full((1, 8), 1000.0, dtype=torch.float16), scale)     # its square is not a float16 number
     torch.testing.assert_close(big[0], scale.half(), rtol=1e-3, atol=0)
 
 
@@ -134,22 +138,22 @@ def test_scores_are_divided_by_the_root_of_the_head_width():
 
 
 def test_every_token_sees_every_token_and_only_its_position_orders_it():
-    qkv, _, image, _ = problem(9)
+    qkv, _, img_scale, _ = problem(9)
     ids, order = torch.randint(20, (9, 3)), torch.randperm(9)
-    expected = attention(qkv, rope_table(ids, (4, 4, 8), 10000.0), image)[:, order]
-    result = attention(qkv[:, order], rope_table(ids[order], (4, 4, 8), 10000.0), image)
+    expected = attention(qkv, rope_table(ids, (4, 4, 8), 10000.0), img_scale)[:, order]
+    result = attention(qkv[:, order], rope_table(ids[order], (4, 4, 8), 10000.0), img_scale)
     torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_backend_is_in_force_within_its_block_only_even_after_an_error(monkeypatch):
     calls = []
-    monkeypatch.setitem(CORES, "formula", lambda *qkv: calls.append(1) or formula(*qkv))
-    qkv, pe, image, _ = problem()
+    monkeypatch.setattr(module, "formula", lambda *qkv: calls.append(1) or formula(*qkv))
+    qkv, pe, img_scale, _ = problem()
     with pytest.raises(KeyboardInterrupt), attention_backend("formula"):
-        attention(qkv, pe, image)
-        attention(qkv, pe, image, backend="sdpa")                               # what is asked for comes first
+        attention(qkv, pe, img_scale)
+        attention(qkv, pe, img_scale, backend="sdpa")                               # what is asked for comes first
         raise KeyboardInterrupt
-    attention(qkv, pe, image)
+    attention(qkv, pe, img_scale)
     assert calls == [1]
 
 
@@ -159,6 +163,74 @@ def test_an_unknown_backend_is_refused_by_name():
             pass
     with pytest.raises(ValueError, match="no attention backend 'fast'"):
         attention(*problem(), backend="fast")
+
+
+def test_a_backend_is_in_force_in_its_own_thread_only(monkeypatch):
+    calls = []
+    monkeypatch.setattr(module, "formula", lambda *qkv: calls.append(1) or formula(*qkv))
+    qkv, pe, img_scale, _ = problem()
+    with attention_backend("formula"), ThreadPoolExecutor(1) as other:
+        other.submit(attention, qkv, pe, img_scale).result()
+        assert not calls
+        attention(qkv, pe, img_scale)
+    assert calls == [1]
+
+
+def test_wrappers_are_nested_and_the_inner_one_is_called_first():
+    qkv, pe, img_scale, txt_scale = problem()
+    order = []
+
+    def wrapper(name, factor):
+        def through(attention, *args):
+            order.append(name)
+            return factor * attention(*args)
+        return through
+
+    expected = attention(qkv, pe, img_scale, txt_scale, 3)
+    with attention_through(wrapper("outer", 2)):
+        with attention_through(wrapper("inner", 5)):
+            torch.testing.assert_close(attention(qkv, pe, img_scale, txt_scale, 3), 10 * expected)
+        torch.testing.assert_close(attention(qkv, pe, img_scale, txt_scale, 3), 2 * expected)
+        with ThreadPoolExecutor(1) as other:                # another thread is not wrapped
+            result = other.submit(attention, qkv, pe, img_scale, txt_scale, 3).result()
+    assert order == ["inner", "outer", "outer"]
+    assert torch.equal(result, expected)
+    assert torch.equal(attention(qkv, pe, img_scale, txt_scale, 3), expected)
+
+
+def test_blocks_of_two_threads_may_end_in_any_order():
+    first, second = attention_backend("formula"), attention_backend("chunked")
+    with ThreadPoolExecutor(1) as other:
+        first.__enter__()
+        other.submit(second.__enter__).result()
+        first.__exit__(None, None, None)
+        assert attention_backends.current_settings()[0] == "auto"
+        assert other.submit(attention_backends.current_settings).result()[0] == "chunked"
+        other.submit(second.__exit__, None, None, None).result()
+    assert attention_backends._for_graphs == ("auto", ())
+
+
+def test_a_compiled_graph_follows_the_settings_in_force():
+    qkv, pe, img_scale, txt_scale = problem()
+    compiled = torch.compile(attention, fullgraph=True, backend="eager")
+    expected = compiled(qkv, pe, img_scale, txt_scale, 3)
+    torch.testing.assert_close(expected, attention(qkv, pe, img_scale, txt_scale, 3))
+    for factor in (2, 3):
+        with attention_through(partial(multiplied, factor)):
+            result = compiled(qkv, pe, img_scale, txt_scale, 3)
+            torch.testing.assert_close(result, factor * expected)
+    assert torch.equal(compiled(qkv, pe, img_scale, txt_scale, 3), expected)
+
+
+def multiplied(factor, attention, *args):
+    return factor * attention(*args)
+
+
+def test_cross_attention_shares_keys_and_values_of_a_batch_of_one():
+    q, k, v = torch.randn(3, 2, 5, 8), torch.randn(1, 2, 4, 8), torch.randn(1, 2, 4, 8)
+    weights = (torch.einsum("bhsd,xhtd->bhst", q, k) / 8 ** 0.5).softmax(-1)
+    expected = torch.einsum("bhst,xhtd->bshd", weights, v).flatten(2)
+    torch.testing.assert_close(cross_attention(q, k, v), expected)
 
 
 # ------------------------------------------------------------------------------------------------------------ the choice
@@ -183,13 +255,14 @@ def test_auto_chooses_by_device_dtype_and_length(monkeypatch, device, dtype, tok
         is_neg=lambda: False, data_ptr=lambda: 64, element_size=lambda: 4,
     )
     with torch.enable_grad():
-        assert choose(qkv, qkv, qkv, qkv) == expected
+        assert select_backend(qkv, qkv, qkv, qkv) == expected
         monkeypatch.setattr(native, "_cpu", None)
-        assert choose(qkv, qkv, qkv, qkv) in ("sdpa", "chunked")
+        assert select_backend(qkv, qkv, qkv, qkv) in ("sdpa", "chunked")
 
 
 def test_the_limit_of_a_score_matrix_is_that_of_mps():
-    assert module.MPS_SCORES * torch.float32.itemsize <= 2**32 and module.MPS_SCORES < 2**31
+    scores = attention_backends.MPS_SCORES
+    assert scores * torch.float32.itemsize <= 2**32 and scores < 2**31
 
 
 class MPSLimits(TorchDispatchMode):
@@ -216,7 +289,7 @@ def test_chunks_of_queries_keep_the_score_matrix_within_the_limit(monkeypatch):
     args = problem(tokens=21)
     expected = written_out(*args, 5)
     for limit, calls in ((2 * 3 * 21 * 21, 1), (2 * 3 * 21 * 8, 3), (2 * 3 * 21, 21)):
-        monkeypatch.setattr(module, "MPS_SCORES", limit)
+        monkeypatch.setattr(attention_backends, "MPS_SCORES", limit)
         with MPSLimits(limit) as seen:
             torch.testing.assert_close(attention(*args, 5, backend="chunked"), expected, rtol=1e-5, atol=2e-6)
         assert seen.attentions == calls
@@ -238,7 +311,7 @@ def test_a_whole_picture_needs_nothing_that_mps_lacks(monkeypatch):
     """The tiny model as on MPS: 96 tokens, whose 3 · 96 · 96 scores are more than the faked limit allows at once."""
     flux = load(device="cpu")
     expected = generate(flux, "a red apple", steps=2, output="tensor", progress=False)
-    monkeypatch.setattr(module, "MPS_SCORES", 3 * 96 * 40)
+    monkeypatch.setattr(attention_backends, "MPS_SCORES", 3 * 96 * 40)
     with attention_backend("chunked"), MPSLimits(3 * 96 * 40) as seen:
         picture = generate(flux, "a red apple", steps=2, output="tensor", progress=False)
     assert (picture - expected).abs().max() < 1e-3 and seen.attentions >= 2 * 7 * 3

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from miniflux.engine import native
+from miniflux.networks import native
 from miniflux.networks.layers import Linear, TanhGELU, tanh_gelu
 from miniflux.networks.mmdit import modulate
 

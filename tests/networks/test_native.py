@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.nn.functional import rms_norm
 
-from miniflux.engine import native
+from miniflux.networks import native
 from miniflux.networks.attention import apply_rope, attention, attention_backend, formula, rope_table
 
 pytestmark = pytest.mark.skipif(native._cpu is None and os.environ.get("MINIFLUX_REQUIRE_NATIVE") != "1",
@@ -246,7 +246,7 @@ def test_a_missing_module_is_named_only_where_it_is_asked_for(monkeypatch):
 
 
 def test_the_command_says_what_is_there(tmp_path):
-    result = subprocess.run([sys.executable, "-m", "miniflux.engine.native"], capture_output=True, text=True, check=True, cwd=tmp_path)
+    result = subprocess.run([sys.executable, "-m", "miniflux.networks.native"], capture_output=True, text=True, check=True, cwd=tmp_path)
     assert "used on the CPU in float32 and bfloat16, with " in result.stdout and len(result.stdout.splitlines()) <= 6
 
 

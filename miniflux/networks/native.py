@@ -1,6 +1,6 @@
 """The compiled kernels: which are here, which tensors they take, how they are called.
 
-    python -m miniflux.engine.native        lists what is built and what is used on this machine
+    python -m miniflux.networks.native        lists what is built and what is used on this machine
 
 `miniflux._cpu` (csrc/cpu) computes norm, rotation and attention in one call, and the layers between
 the attentions of a small network. `miniflux._cuda` (csrc/cuda) has a ladder of attention kernels:
@@ -361,7 +361,7 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 @command
 def main() -> None:
     Parser(
-        prog="python -m miniflux.engine.native",
+        prog="python -m miniflux.networks.native",
         description="List the compiled kernels and which of them are used here.",
     ).parse_args()
     if _cpu is None:
