@@ -9,7 +9,7 @@ from .networks.clip import CLIPText, CLIPVision
 from .networks.mmdit import MMDiT
 from .networks.siglip import ReduxEmbedder, SigLIP
 from .networks.t5 import T5
-from .networks.tokenizers import CLIPTokenizer, T5Tokenizer
+from .tokenizers import CLIPTokenizer, T5Tokenizer
 
 
 @dataclass(frozen=True)

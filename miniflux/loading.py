@@ -18,12 +18,12 @@ from .checkpoints.finding import (
     find_transformer,
     whole_models,
 )
-from .checkpoints.formats import read_json
 from .devices import default_dtype, find_device
+from .files import read_json
 from .flux import SCHEDULES, Flux, FluxConfig, Schedule
 from .images import check_number, log
 from .networks.mmdit import MMDiT, timestep_embedding
-from .networks.tokenizers import CLIPTokenizer, T5Tokenizer
+from .tokenizers import CLIPTokenizer, T5Tokenizer
 
 
 def load(source: str | Path = "tiny", *, device: torch.device | str | None = None,

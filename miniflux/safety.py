@@ -35,8 +35,9 @@ from .images import (
     standardise,
     to_tensor,
 )
-from .networks.pixtral import Pixtral, PixtralTokenizer
+from .networks.pixtral import Pixtral
 from .networks.vit_classifier import ViTClassifier
+from .tokenizers.pixtral import PixtralTokenizer
 
 THRESHOLD = 0.85
 AREA, LONGEST = 512 ** 2, 1024     # pixels that Pixtral is shown, and the most a side may have

@@ -40,8 +40,8 @@ from transformers import (
     T5Tokenizer,
 )
 
-from miniflux.networks.tokenizer_files import read_spiece_model
-from miniflux.networks.tokenizers import byte_symbols
+from miniflux.tokenizers.bpe import byte_symbols
+from miniflux.tokenizers.files import read_spiece_model
 
 EXTRA_IDS = 4
 

@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
+from ..files import read_json
 from . import layouts
-from .formats import PICKLES, SAFETENSORS, listing, read_json
+from .formats import PICKLES, SAFETENSORS, listing
 from .hub import (
     OFFICIAL,
     SHIPPED,

@@ -24,6 +24,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..files import read_json
+
 MAX_HEADER = 100_000_000
 SPAN = 16 << 20            # bytes that one mapping covers at least
 DTYPES = {
@@ -243,19 +245,6 @@ def read_weight_map(index: Path) -> dict[str, str]:
         if Path(shard).name != shard or not shard.endswith(SAFETENSORS):
             raise ValueError(f"{index} names the file {shard!r:.80}: expected a safetensors file within its own folder")
     return weight_map
-
-
-def read_json(path: Path) -> dict:
-    """A JSON object from a file, or one sentence why not."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist: expected a JSON file")
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}, expected a JSON object")
-    return content
 
 
 def listing(names: list[str]) -> str:

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 
-from .formats import SAFETENSORS, listing, read_json, read_weight_map
+from ..files import read_json
+from .formats import SAFETENSORS, listing, read_weight_map
 
 log = logging.getLogger("miniflux")
 

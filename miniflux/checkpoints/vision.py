@@ -11,15 +11,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..files import read_json
 from ..networks.depth_anything import DepthAnything, DepthAnythingConfig
 from ..networks.pixtral import ACTIVATIONS, Pixtral, PixtralConfig, TransformerConfig
 from ..networks.taef1 import TAEF1Decoder
 from ..networks.vit_classifier import ViTClassifier, ViTConfig
 from .building import State, build, check_class, pick
-from .configs import check_fixed
-from .formats import read_json, read_safetensors, read_sharded
+from .configs import check_fixed, tower_config
+from .formats import read_safetensors, read_sharded
 from .hub import find_or_download, is_repo
-from .layouts import tower_config
 
 # Vision transformers' names -> CLIP's, which the layers have here; published checkpoints, and the newer transformers' own names.
 VIT_NAMES = (

@@ -8,7 +8,7 @@ Attributes are named like the tensors of `openai/clip-vit-large-patch14`. Refere
 `CLIPVisionModelWithProjection`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,8 @@ class CLIPConfig:
     max_position_embeddings: int = 77
     layer_norm_eps: float = 1e-5
     hidden_act: str = "quick_gelu"
+    # The token at which the prompt is pooled; 2 means the largest id (see `CLIPText.end`).
+    eos_token_id: int = field(default=2, metadata={"least": 0})
 
 
 def quick_gelu(x: Tensor) -> Tensor:
@@ -38,7 +40,9 @@ def tanh_gelu(x: Tensor) -> Tensor:
     return F.gelu(x, approximate="tanh")
 
 
-ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu_pytorch_tanh": tanh_gelu, "gelu": F.gelu}
+# By transformers' names.
+ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu, "gelu_pytorch_tanh": tanh_gelu,
+               "gelu_new": tanh_gelu}
 
 
 class CLIPAttention(nn.Module):
@@ -126,9 +130,16 @@ class CLIPText(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         x = self.text_model(ids)                                                # (B, S, hidden)
-        # Note: end-of-text is the largest id, and argmax finds the first of them; the official config's eos_token_id
-        # (2) is a leftover and points nowhere. No padding mask: what follows the end cannot act on it (causal).
-        return x[torch.arange(len(ids), device=ids.device), ids.argmax(dim=-1)]  # (B, hidden)
+        # No padding mask: what follows the end cannot act on it (causal).
+        return x[torch.arange(len(ids), device=ids.device), self.end(ids)]      # (B, hidden)
+
+    def end(self, ids: Tensor) -> Tensor:
+        """The position of the first end-of-text token of each prompt: (B, S) -> (B,).
+
+        Note: 2 is a leftover in the official config; it means the largest id, which end-of-text is
+        in the official vocabulary. After words were added to it, the config must name the token."""
+        end = self.config.eos_token_id
+        return (ids if end == 2 else (ids == end).int()).argmax(dim=-1)         # the first of equals
 
 
 @dataclass(frozen=True)

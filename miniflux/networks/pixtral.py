@@ -1,4 +1,4 @@
-"""Pixtral: a picture and a question -> the logits of the answer's first token; and its tokenizer.
+"""Pixtral: a picture and a question -> the logits of the answer's first token.
 
     picture  -> vision tower: a transformer over 16x16 patches of any number and shape, told their rows and columns by RoPE
              -> projector    -> tokens in the place of the text's [IMG]
@@ -11,10 +11,7 @@ Attributes are named like the tensors of `mistral-community/pixtral-12b`, those 
 Reference: transformers' `LlavaForConditionalGeneration` with `PixtralVisionModel` and `MistralModel`.
 """
 
-import re
-import unicodedata
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -22,10 +19,6 @@ from torch import Tensor, nn
 
 from .attention import apply_rope, rope_table
 from .t5 import T5LayerNorm as RMSNorm
-from .tokenizer_files import read_json
-from .tokenizers import SPACE, byte_symbols, check_text, merge_pairs, remember
-
-# ------------------------------------------------------------------------------------------------------------- network
 
 ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu}
 
@@ -180,76 +173,3 @@ class Pixtral(nn.Module):
                 raise ValueError(f"{int(places.sum())} [IMG] tokens for {seen.shape[0] * seen.shape[1]} patches: expected one for each")
             x = x.masked_scatter(places[..., None], seen)
         return self.lm_head(self.language_model(x))                             # (B, vocab)
-
-
-# ----------------------------------------------------------------------------------------------------------- tokenizer
-
-# How the text is cut into the pieces that byte-pair encoding works on, as tokenizer.json has it: a word begins where capitals
-# begin, each digit stands alone, a run of other signs takes the line breaks after it along.
-PATTERN = (r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}"
-           r"\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+")
-# The same over one letter for each kind of character, as Python's patterns know no \p{..}: A capital, a small, x other letter,
-# m mark, 0 digit, n line break, t other space than " ", / and . for all else.
-PIECE = re.compile(r"[^nAax0]?[Axm]*[axm]+|[^nAax0]?[Axm]+[axm]*|0| ?[./m]+[n/]*|[ tn]*n+|[ tn]+(?![^ tn])|[ tn]+")
-KINDS = {"Lu": "A", "Lt": "A", "Ll": "a", "Lm": "x", "Lo": "x", "Mn": "m", "Mc": "m", "Me": "m", "Nd": "0", "Nl": "0", "No": "0"}
-
-
-def kind(character: str) -> str:
-    if character in " /":
-        return character
-    if character in SPACE:
-        return "n" if character in "\r\n" else "t"
-    return KINDS.get(unicodedata.category(character), ".")
-
-
-def split(text: str) -> list[str]:
-    """
-    >>> split("It's 10 FooBar!!\\n")
-    ['It', "'s", ' ', '1', '0', ' Foo', 'Bar', '!!\\n']
-    """
-    return [text[piece.start():piece.end()] for piece in PIECE.finditer("".join(map(kind, text)))]
-
-
-class PixtralTokenizer:
-    """Byte-level BPE, as CLIP's without the end of words.
-
-    vocab: symbol -> id; merges: pairs of symbols in the order they were learned; special: control token -> id; whole: whether a
-    piece that is a token is taken as it is, before any merging. ValueError if they do not fit together."""
-
-    def __init__(self, vocab: dict[str, int], merges: list[tuple[str, str]], special: dict[str, int], whole: bool = False):
-        self.symbols = byte_symbols()
-        if missing := [symbol for symbol in [*self.symbols, *map("".join, merges)] if symbol not in vocab]:
-            raise ValueError(f"the vocabulary lacks bytes or products of merges: {missing[:5]}")
-        self.vocab, self.special, self.whole = vocab, special, whole
-        self.ranks = {pair: rank for rank, pair in enumerate(merges)}
-
-    @classmethod
-    def from_folder(cls, folder) -> "PixtralTokenizer":
-        """Reads tokenizer.json."""
-        path = Path(folder) / "tokenizer.json"
-        data = read_json(path)
-        try:
-            model, steps = data["model"], data["pre_tokenizer"]["pretokenizers"]
-            if model["type"] != "BPE" or model.get("byte_fallback") or data.get("normalizer") or steps[0]["pattern"]["Regex"] != PATTERN:
-                raise ValueError("its model is not byte-level BPE over Mistral's pieces")
-            merges = [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in model["merges"]]
-            if any(len(pair) != 2 for pair in merges):
-                raise ValueError("a merge is no pair")
-            special = {token["content"]: int(token["id"]) for token in data["added_tokens"]}
-            return cls({str(k): int(v) for k, v in model["vocab"].items()}, merges, special, bool(model.get("ignore_merges")))
-        except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} is no tokenizer of Pixtral ({type(error).__name__}: {str(error):.100})") from None
-
-    def encode(self, text: str) -> list[int]:
-        """The tokens of the text.
-
-        Note: control tokens typed in the text are ordinary text, or a prompt could end the question that is asked about it."""
-        check_text(text)
-        return [token for piece in split(text) for token in self.merge(piece)]
-
-    @remember
-    def merge(self, piece: str) -> list[int]:
-        symbols = [self.symbols[byte] for byte in piece.encode("utf-8")]
-        if self.whole and "".join(symbols) in self.vocab:
-            return [self.vocab["".join(symbols)]]
-        return [self.vocab[symbol] for symbol in merge_pairs(symbols, self.ranks)]

@@ -33,7 +33,7 @@ from ..devices import find_device
 from ..engine import distributed
 from ..loading import load
 from ..networks.autoencoder import Autoencoder
-from ..networks.tokenizers import CLIPTokenizer, T5Tokenizer
+from ..tokenizers import CLIPTokenizer, T5Tokenizer
 from . import (
     export,
     train_autoencoder,

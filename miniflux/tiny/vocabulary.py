@@ -10,8 +10,8 @@ import string
 import tempfile
 from pathlib import Path
 
-from ..networks.tokenizer_files import read_spiece_model
-from ..networks.tokenizers import byte_symbols
+from ..tokenizers.bpe import byte_symbols
+from ..tokenizers.files import read_spiece_model
 from .edits import sample_edit
 from .scenes import sample_scene
 

@@ -7,25 +7,21 @@ Oracle of the parameters: the reference model that wrote them, bit for bit.
 import json
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from reference import clip, clip_state, t5, t5_state, transformer, vae
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers import CLIPTextConfig
 
-from miniflux.checkpoints.layouts import (
-    autoencoder_config,
-    clip_config,
-    load_autoencoder,
-    load_clip,
-    load_mmdit,
-    load_t5,
-    mmdit_config,
-    t5_config,
-)
+from miniflux.checkpoints.configs import autoencoder_config, clip_config, mmdit_config
+from miniflux.checkpoints.layouts import load_autoencoder, load_clip, load_mmdit, load_t5
 from miniflux.checkpoints.names import autoencoder_from_diffusers, mmdit_from_diffusers
+from miniflux.checkpoints.sizes import t5_config
 from miniflux.networks.autoencoder import AutoencoderConfig
 from miniflux.networks.clip import CLIPConfig
 from miniflux.networks.mmdit import MMDiT, MMDiTConfig
@@ -86,7 +82,13 @@ def test_the_official_configs_give_the_default_sizes():
 
 def test_a_config_that_leaves_everything_out_has_the_defaults_of_diffusers():
     assert mmdit_config({}, Path("x")) == MMDiTConfig(guidance_embed=False)
-    assert autoencoder_config({}, Path("x")) == AutoencoderConfig()
+    theirs = AutoencoderKL().config
+    assert autoencoder_config({"shift_factor": 0.5}, Path("x")) == AutoencoderConfig(
+        ch=64, ch_mult=(1,), num_res_blocks=theirs.layers_per_block, shift_factor=0.5,
+        z_channels=theirs.latent_channels, num_groups=theirs.norm_num_groups,
+        scale_factor=theirs.scaling_factor)
+    theirs, ours = CLIPTextConfig(), clip_config({}, Path("x"))
+    assert all(getattr(theirs, field.name) == getattr(ours, field.name) for field in fields(ours))
 
 
 @pytest.mark.parametrize("values, out", [({}, 64), ({"in_channels": 96}, 96), ({"in_channels": 96, "out_channels": None}, 96),
@@ -126,8 +128,18 @@ def test_a_size_that_is_no_size_is_refused(read, key, value):
     (autoencoder_config, {"scaling_factor": float("inf")}, "scaling_factor is inf"),
     (autoencoder_config, {"shift_factor": None}, "shift_factor is None"),
     (clip_config, {"architectures": ["BertModel"]}, "describes a 'BertModel', expected a CLIPTextModel"),
-    (clip_config, {"hidden_act": "gelu"}, "hidden_act is 'gelu', expected 'quick_gelu'"),
-    (clip_config, {"num_attention_heads": 7}, "768 channels cannot be shared by 7 heads"),
+    (clip_config, {"hidden_act": "relu"}, "hidden_act is 'relu', expected one of quick_gelu, gelu"),
+    (clip_config, {"num_attention_heads": 7}, "512 channels cannot be shared by 7 heads"),
+    (clip_config, {"eos_token_id": None}, "eos_token_id is None, expected a whole number from 0"),
+    (mmdit_config, {"patch_size": 2}, "patch_size is 2, expected 1"),
+    (autoencoder_config, {"use_quant_conv": True}, "use_quant_conv is True, expected False"),
+    (autoencoder_config, {"use_post_quant_conv": True}, "use_post_quant_conv is True, expected Fa"),
+    (autoencoder_config, {"act_fn": "relu"}, "act_fn is 'relu', expected 'silu'"),
+    (autoencoder_config, {"mid_block_add_attention": False}, "mid_block_add_attention is False"),
+    (autoencoder_config, {"in_channels": 4}, "in_channels is 4, expected 3"),
+    (autoencoder_config, {"block_out_channels": [64, 64], "down_block_types": [
+        "DownEncoderBlock2D", "AttnDownEncoderBlock2D"]}, "expected 2 of 'DownEncoderBlock2D'"),
+    (autoencoder_config, {}, "shift_factor is None, expected a number"),
     (clip_config, {"layer_norm_eps": "small"}, "layer_norm_eps is 'small'"),
 ], ids=lambda value: str(value)[:50] if isinstance(value, dict) else "")
 def test_a_config_that_does_not_fit_is_refused(read, values, message):
@@ -137,7 +149,7 @@ def test_a_config_that_does_not_fit_is_refused(read, values, message):
 
 @pytest.mark.parametrize("architectures", [None, [], "CLIPTextModel", 3, [None]], ids=str)
 def test_a_config_that_names_no_class_is_read_for_its_sizes(architectures):
-    assert clip_config({"architectures": architectures}, Path("x")) == CLIPConfig()
+    assert clip_config({"architectures": architectures}, Path("x")) == clip_config({}, Path("x"))
 
 
 def test_a_shift_of_zero_is_a_shift():

@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 from transformers import LlavaConfig, LlavaForConditionalGeneration, MistralConfig, PixtralVisionConfig
 
 from miniflux.checkpoints.vision import PIXTRAL_NAMES, load_pixtral, rename
-from miniflux.networks.pixtral import PATTERN, Pixtral, PixtralTokenizer, neighbours, split
+from miniflux.networks.pixtral import Pixtral, neighbours
+from miniflux.tokenizers.pixtral import PATTERN, PixtralTokenizer, split
 
 IMG = CONTROL.index("[IMG]")
 

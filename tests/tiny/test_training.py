@@ -11,7 +11,7 @@ from torch import nn
 from miniflux import generate, load
 from miniflux.checkpoints.hub import SHIPPED
 from miniflux.checkpoints.layouts import load_autoencoder
-from miniflux.networks.tokenizers import CLIPTokenizer, T5Tokenizer
+from miniflux.tokenizers import CLIPTokenizer, T5Tokenizer
 from miniflux.tiny import train as command
 from miniflux.tiny import train_flow
 from miniflux.tiny.train_flow import Painter, noisy, taken_over
