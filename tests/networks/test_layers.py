@@ -1,10 +1,14 @@
 """The linear layer, the GELU and the modulated norm of the transformer. Oracle: PyTorch's own, in float64."""
 
 import os
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.autograd import forward_ad
 
 from miniflux.networks import native
 from miniflux.networks.layers import Linear, TanhGELU, tanh_gelu
@@ -98,3 +102,73 @@ def test_the_modulated_norm_is_layer_norm_times_one_plus_scale_plus_shift():
     one = parts[0][:1], parts[1][:1]                                            # one picture's modulation for all
     assert error(modulate(x, *one), by_hand(x, *one)) < 1e-6
     assert modulate(torch.full((1, 2, 8), 5.0), torch.ones(1, 1, 8), torch.zeros(1, 1, 8)).eq(1).all()  # a constant row: the shift
+
+
+# ----------------------------------------------------------- where a kernel must not be called
+
+
+def tiny_layers(layer: Linear, x: torch.Tensor) -> torch.Tensor:
+    y = tanh_gelu(layer(x))
+    return modulate(y, y[:, :1], y[:, 1:2])
+
+
+def frozen() -> tuple[Linear, torch.Tensor]:
+    torch.manual_seed(0)
+    return by_columns(Linear(32, 64)).requires_grad_(False), torch.randn(2, 5, 32)
+
+
+def test_the_same_bits_with_and_without_no_grad_where_nothing_requires_gradients():
+    layer, x = frozen()
+    with torch.enable_grad():
+        result = tiny_layers(layer, x)
+    assert torch.equal(result, tiny_layers(layer, x))
+
+
+def test_transforms_traces_and_modes_see_every_operation():
+    layer, x = frozen()
+    expected = tiny_layers(layer, x)
+    call = partial(tiny_layers, layer)
+    torch.testing.assert_close(torch.vmap(call)(x[None])[0], expected)
+    traced = torch.jit.trace(lambda x: call(x), x)          # a kernel would leave empty memory there
+    torch.testing.assert_close(traced(2 * x), tiny_layers(layer, 2 * x))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert isinstance(call(x), FakeTensor)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(x).dtype == torch.bfloat16
+
+
+def test_forward_mode_derivatives_are_not_lost():
+    layer, x = frozen()
+    call, direction = partial(tiny_layers, layer), torch.randn_like(x)
+    _, derivative = torch.func.jvp(call, (x,), (direction,))
+    step = 1e-3 * direction
+    expected = (call(x + step) - call(x - step)) / 2e-3
+    torch.testing.assert_close(derivative, expected, rtol=1e-2, atol=1e-2)
+    with forward_ad.dual_level():
+        out = call(forward_ad.make_dual(x, direction))
+        torch.testing.assert_close(forward_ad.unpack_dual(out).tangent, derivative)
+
+
+def test_several_threads_at_once_compute_what_one_computes():
+    layer, x = frozen()
+    inputs = [i * x for i in range(1, 9)]
+    expected = [tiny_layers(layer, x) for x in inputs]
+
+    def repeat(x: torch.Tensor) -> list[torch.Tensor]:
+        with torch.no_grad():
+            return [tiny_layers(layer, x) for _ in range(20)]
+
+    with ThreadPoolExecutor(4) as threads:
+        for results, wanted in zip(threads.map(repeat, inputs), expected):
+            assert all(torch.equal(result, wanted) for result in results)
+
+
+@built
+def test_the_binding_refuses_what_cannot_be_an_address():
+    for address in (0, 3):
+        with pytest.raises(ValueError, match="must not be null, and must be multiples"):
+            native._cpu.gelu_float32(1, 4, 4, address, address)
+    with pytest.raises(ValueError, match="multiple of 16 channels"):
+        native._cpu.linear_float32((1, 4, 20), 64, 64, 64, 64)
+    with pytest.raises(ValueError, match="must not be negative"):
+        native._cpu.modulate_float32((1, -2, 4, 4), 64, 64, 64, 64)
