@@ -10,7 +10,10 @@ def find_device(name: torch.device | str | None = None) -> torch.device:
             torch.empty(0, device=name)
             return torch.device(name)
         except (RuntimeError, AssertionError, TypeError) as error:
-            raise ValueError(f"the device {str(name)!r} cannot be used here: {str(error).partition(chr(10))[0]}") from None
+            reason = str(error).partition("\n")[0]
+            if "Expected one of" in reason:                 # PyTorch lists twenty, of which three matter
+                reason = "expected cuda, mps or cpu"
+            raise ValueError(f"the device {str(name)!r} cannot be used here: {reason}") from None
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")

@@ -1,6 +1,6 @@
 """The bundle: everything a FLUX.1 model consists of. Data only; `loading.py` fills it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import nn
 
@@ -48,15 +48,15 @@ class FluxConfig:
 class Flux:
     """A model, ready to use. Parts that a folder does not bring are None."""
 
-    clip_tokenizer: CLIPTokenizer | None
-    t5_tokenizer: T5Tokenizer | None
-    clip: CLIPText | None
-    t5: T5 | None
-    mmdit: MMDiT
-    autoencoder: Autoencoder | None
+    clip_tokenizer: CLIPTokenizer | None = field(repr=False)
+    t5_tokenizer: T5Tokenizer | None = field(repr=False)
+    clip: CLIPText | None = field(repr=False)
+    t5: T5 | None = field(repr=False)
+    mmdit: MMDiT = field(repr=False)
+    autoencoder: Autoencoder | None = field(repr=False)
     config: FluxConfig
-    siglip: SigLIP | None = None
-    redux: ReduxEmbedder | None = None
-    image_encoder: CLIPVision | None = None
-    ip_adapters: tuple[nn.Module, ...] = ()
-    loras: object = None               # what `adapters/lora.py` needs to change or undo itself
+    siglip: SigLIP | None = field(default=None, repr=False)
+    redux: ReduxEmbedder | None = field(default=None, repr=False)
+    image_encoder: CLIPVision | None = field(default=None, repr=False)
+    ip_adapters: tuple[nn.Module, ...] = field(default=(), repr=False)
+    loras: object = field(default=None, repr=False)  # what `adapters/lora.py` needs to change or undo itself

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, PngImagePlugin
+from PIL import Image, ImageCms, ImageOps, PngImagePlugin
 from torch import Tensor
 
 from .checks import check_number as check_number
@@ -40,8 +40,13 @@ Pixels = Image.Image | Tensor          # once read: an upright RGB picture, or (
 # ------------------------------------------------------------------------------------------------------------- reading
 
 
-def open_picture(path: Path, what: str) -> Image.Image:
+def open_picture(source: str | os.PathLike, what: str) -> Image.Image:
     """The decoded picture of a file; refused before decoding if it claims to be larger than MAX_PIXELS."""
+    if str(source).startswith(("http:", "https:", "ftp:", "data:")):
+        raise ValueError(f"the {what} {str(source):.100} is an address, which is not fetched: download it first, and give the file")
+    path = Path(source).expanduser()
+    if path.is_dir():
+        raise FileNotFoundError(f"the {what} {path} does not exist as a file: it is a folder; expected a picture file in it")
     if not path.is_file():
         raise FileNotFoundError(f"the {what} {path} does not exist: expected a picture file")
     try:
@@ -56,73 +61,99 @@ def open_picture(path: Path, what: str) -> Image.Image:
         raise ValueError(f"the {what} {path} cannot be read as a picture ({type(error).__name__}: {str(error):.80})") from None
 
 
-def to_rgb(picture: Image.Image, background: str, what: str) -> Image.Image:
-    """Upright, opaque, 8 bits a channel: transparent parts lie on the background, 16-bit greys are scaled."""
+def to_rgb(picture: Image.Image, background: str, what: str, is_mask: bool = False) -> Image.Image | Tensor:
+    """Upright, opaque, RGB: what `read_picture` describes, for a PIL picture of any mode."""
     if not 0 < picture.width * picture.height <= MAX_PIXELS:
         raise ValueError(f"the {what} has {picture.width} x {picture.height} pixels: expected 1 to {MAX_PIXELS:,}")
-    if picture.mode == "F":
-        raise ValueError(f"the {what} is a PIL picture of floating-point numbers: give them as an array in [0, 1] instead")
     picture = ImageOps.exif_transpose(picture)
-    if picture.mode.startswith("I"):
+    if picture.mode == "F" or picture.mode.startswith("I"):
         # Note: Pillow's own conversion cuts 16-bit values off at 255 instead of scaling them.
-        picture = Image.fromarray((np.asarray(picture).clip(0, 65535) / 257).round().astype(np.uint8))
+        picture = from_numbers(np.asarray(picture), what, is_mask)
+        if isinstance(picture, Tensor):
+            return picture
+    if picture.mode in ("La", "RGBa"):                      # colours that were multiplied by alpha
+        picture = picture.convert({"La": "LA", "RGBa": "RGBA"}[picture.mode])
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, background), picture)
     try:
-        return picture.convert("RGB")
-    except ValueError:
+        picture = lab_to_rgb(picture) if picture.mode == "LAB" else picture.convert("RGB")
+    except Exception:                                       # Pillow raises what it likes
         raise ValueError(f"the {what} is a PIL picture of mode {picture.mode}, which has no RGB form") from None
+    if is_mask and max(high for _, high in picture.getextrema()) == 1:
+        picture = picture.point(lambda value: 255 * value)
+    return picture
 
 
-def from_numbers(array: np.ndarray, what: str) -> Image.Image | Tensor:
-    """An array (H, W), (H, W, 1), (H, W, 3) or, of bytes, (H, W, 4)."""
-    if array.dtype == bool:
-        array = array * np.uint8(255)
+def lab_to_rgb(picture: Image.Image) -> Image.Image:
+    """Pillow converts CIELAB by colour profiles only."""
+    lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+    return ImageCms.applyTransform(picture, ImageCms.buildTransform(lab, srgb, "LAB", "RGB"))
+
+
+def from_numbers(array: np.ndarray, what: str, is_mask: bool = False) -> Image.Image | Tensor:
+    """An array (H, W), (H, W, 1), (H, W, 3) or, of whole numbers, (H, W, 4); its numbers as `read_picture` describes."""
     channels = array.shape[2] if array.ndim == 3 else 1
-    is_bytes = array.dtype == np.uint8
-    if array.ndim not in (2, 3) or not array.size or channels not in ((1, 3, 4) if is_bytes else (1, 3)):
+    is_real = array.dtype == bool or np.issubdtype(array.dtype, np.integer) or np.issubdtype(array.dtype, np.floating)
+    if array.ndim not in (2, 3) or not array.size or channels not in (1, 3, 4):
         raise ValueError(f"the {what} is an array of the shape {array.shape}: expected (H, W) or (H, W, 3)")
     array = array[..., 0] if array.ndim == 3 and channels == 1 else array
-    if is_bytes:
-        return Image.fromarray(array)
-    if not np.issubdtype(array.dtype, np.floating) or not (array.min() >= 0 and array.max() <= 1):
-        raise ValueError(f"the {what} holds {array.dtype} from {array.min()} to {array.max()}: expected uint8, or floats in [0, 1]")
-    planes = torch.from_numpy(np.ascontiguousarray(array, np.float32).reshape(*array.shape[:2], -1)).permute(2, 0, 1)
-    return planes.expand(3, -1, -1)                                             # (3, H, W)
+    low, high = (array.min(), array.max()) if is_real else ("?", "?")
+    fits = is_real and (low >= 0 and high <= (1 if np.issubdtype(array.dtype, np.floating) else 65535))
+    if not fits or channels == 4 and np.issubdtype(array.dtype, np.floating):
+        raise ValueError(f"the {what} holds {array.dtype} from {low} to {high}: expected uint8, or floats in [0, 1]")
+    if np.issubdtype(array.dtype, np.floating):
+        planes = torch.from_numpy(np.array(array, np.float32).reshape(*array.shape[:2], -1)).permute(2, 0, 1)
+        return planes.expand(3, -1, -1)                                         # (3, H, W)
+    if array.dtype == bool or is_mask and high == 1:
+        return Image.fromarray(array.astype(np.uint8) * 255)
+    if array.dtype.itemsize > 1 and (array.dtype.itemsize == 2 or high > 255):
+        array = (array / 257).round()
+    return Image.fromarray(array.astype(np.uint8))
 
 
-def read_picture(source: Picture, what: str = "picture", background: str = "white") -> Pixels:
-    """One picture from whatever a caller may give. Raises ValueError or FileNotFoundError, in one sentence."""
+def read_picture(source: Picture, what: str = "picture", background: str = "white", is_mask: bool = False) -> Pixels:
+    """One picture from whatever a caller may give, by one rule:
+
+    - a file or a PIL picture: turned upright, laid on the background where it is transparent, and converted to RGB; modes of
+      numbers (I, I;16, F) count as arrays of these;
+    - an array (H, W), (H, W, 1), (H, W, 3) or a tensor (H, W), (1, H, W), (3, H, W): floats are in [0, 1], and keep their
+      precision; booleans are black and white; bytes run from 0 to 255, 16-bit numbers from 0 to 65535; larger types run to
+      255 where none of their numbers is above it, else to 65535; with four channels, the last one is alpha;
+    - a mask whose largest number is 1 is one of zeros and ones, whatever its type.
+
+    Raises ValueError or FileNotFoundError for everything else, in one sentence."""
     if isinstance(source, (str, os.PathLike)):
-        source = open_picture(Path(source).expanduser(), what)
+        source = open_picture(source, what)
     if isinstance(source, Tensor):
-        if source.ndim not in (2, 3):
+        if source.ndim not in (2, 3) or source.ndim == 3 and len(source) not in (1, 3, 4):
             raise ValueError(f"the {what} is a tensor of the shape {tuple(source.shape)}: expected (3, H, W)")
         source = source.detach().cpu() if source.ndim == 2 else source.detach().cpu().permute(1, 2, 0)
         source = (source.float() if source.is_floating_point() else source).numpy()
     if isinstance(source, np.ndarray):
-        source = from_numbers(source, what)
+        source = from_numbers(source, what, is_mask)
     if isinstance(source, Image.Image):
-        return to_rgb(source, background, what)
+        return to_rgb(source, background, what, is_mask)
     if not isinstance(source, Tensor):
         raise ValueError(f"the {what} is a {type(source).__name__}: expected a PIL image, a path, an array (H, W, 3) or a "
                          "tensor (3, H, W)")
     return source
 
 
-def read_each(source: Picture | list[Picture], what: str = "picture", background: str = "white") -> list[Pixels]:
+def read_each(source: Picture | list[Picture], what: str = "picture", background: str = "white", is_mask: bool = False
+              ) -> list[Pixels]:
     """One picture, or several: a list, an array (B, H, W, 3) or a tensor (B, 3, H, W)."""
     several = isinstance(source, (list, tuple)) or isinstance(source, (np.ndarray, Tensor)) and source.ndim == 4
-    pictures = [read_picture(one, what, background) for one in (source if several else [source])]
+    pictures = [read_picture(one, what, background, is_mask) for one in (source if several else [source])]
     if not pictures:
         raise ValueError(f"there is no {what}: expected one, or a list of them")
     return pictures
 
 
-def read_pictures(source: Picture | list[Picture], what: str = "picture", background: str = "white") -> list[Pixels]:
+def read_pictures(source: Picture | list[Picture], what: str = "picture", background: str = "white", is_mask: bool = False
+                  ) -> list[Pixels]:
     """As `read_each`, but all of one size, since they are worked on together."""
-    pictures = read_each(source, what, background)
+    pictures = read_each(source, what, background, is_mask)
     if len(sizes := {size_of(picture) for picture in pictures}) > 1:
         listed = ", ".join(f"{width} x {height}" for width, height in sorted(sizes)[:5])
         raise ValueError(f"the {what}s of one call must have one size, got {listed}: resize them, or call once for each")

@@ -11,7 +11,6 @@ Reference: `save_image` in `src/flux/util.py` of the original repository.
 
 import os
 import shlex
-from pathlib import Path
 
 from PIL import Image
 
@@ -71,7 +70,7 @@ def info(picture: str | os.PathLike) -> dict[str, str]:
     """What a picture file says: its texts, its EXIF marks, `watermark` if it has the original's, and `command` if one repeats it.
 
     Raises FileNotFoundError or ValueError for what is no picture."""
-    image = open_picture(Path(picture), "picture")
+    image = open_picture(picture, "picture")
     found = {str(key): str(value) for key, value in getattr(image, "text", {}).items()}
     try:
         exif = dict(image.getexif())
@@ -90,7 +89,11 @@ def has_watermark(image: Image.Image) -> bool:
     width, height = image.size
     if (width // 8) * (height // 8) < len(MESSAGE):
         return False
-    return read_watermark(to_tensor(to_rgb(image, "white", "picture"), width, height)) == [MESSAGE]
+    try:
+        pixels = to_tensor(to_rgb(image, "white", "picture"), width, height)
+    except ValueError:                                      # numbers of another range, as in a height map
+        return False
+    return read_watermark(pixels) == [MESSAGE]
 
 
 @command

@@ -8,7 +8,6 @@
 import logging
 import os
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -35,7 +34,7 @@ log = logging.getLogger("miniflux")
 
 def mask_from_alpha(image: Image.Image | str | os.PathLike) -> Image.Image:
     """A mask from a picture with transparency: white where nothing is to be seen. Raises ValueError for an opaque one."""
-    picture = image if isinstance(image, Image.Image) else open_picture(Path(image).expanduser(), "picture")
+    picture = image if isinstance(image, Image.Image) else open_picture(image, "picture")
     if not picture.has_transparency_data:
         raise ValueError("the picture has no transparent part that could be the mask: give a mask")
     return ImageOps.invert(ImageOps.exif_transpose(picture).convert("RGBA").getchannel("A"))
@@ -45,7 +44,7 @@ def blur_mask(mask: Picture, radius: float = 12) -> Image.Image:
     """The mask, grey, with a Gaussian edge of so many pixels. Tasks cut masks at one half, so this rounds corners and closes
     gaps; and it softens the seam where a region is pasted back."""
     radius = check_number("the blur's radius", radius, 0, 1000)
-    return as_pil(read_picture(mask, "mask", "black")).convert("L").filter(ImageFilter.GaussianBlur(radius))
+    return as_pil(read_picture(mask, "mask", "black", is_mask=True)).convert("L").filter(ImageFilter.GaussianBlur(radius))
 
 
 def expand_canvas(image: Picture, left: int = 0, top: int = 0, right: int = 0, bottom: int = 0,
@@ -71,7 +70,7 @@ def expand_canvas(image: Picture, left: int = 0, top: int = 0, right: int = 0, b
 def read_masks(source: Picture | list[Picture], pictures: list[Pixels]) -> list[Image.Image]:
     """A mask for each picture, from one or from as many. Transparent parts count as black, so that white strokes on nothing
     are a mask. One of another size than its picture will be resized, which is said once."""
-    masks = [as_pil(mask) for mask in read_pictures(source, "mask", "black")]
+    masks = [as_pil(mask) for mask in read_pictures(source, "mask", "black", is_mask=True)]
     if len(masks) not in (1, len(pictures)):
         raise ValueError(f"there are {len(masks)} masks for {len(pictures)} pictures: give one, or one for each")
     if (have := size_of(masks[0])) != (need := size_of(pictures[0])):

@@ -8,18 +8,24 @@ as it is. This is the method "dwtDct" of the library invisible-watermark, which 
 original repository (whose 48 bits lose their two leading zeros on the way).
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .images import Picture, Pictures, Pixels, read_each, size_of, to_pil, to_tensor
 
 MESSAGE = [int(bit) for bit in f"{0b001010101111111010000111100111001111010100101110:b}"]
 STEP, MARGIN = 36.0, 4.0               # MARGIN: room for rounding
 
 
-def add_watermark(pictures: Tensor, message: list[int] = MESSAGE) -> Tensor:
-    """Pictures (B, 3, H, W) in [0, 1] -> the same with the message in them.
+def add_watermark(pictures: Picture | list[Picture], message: Sequence[int] = MESSAGE) -> Pictures:
+    """The pictures with the message in them: a tensor (B, 3, H, W) in [0, 1] as a tensor, others as a list of PIL pictures.
 
-    Raises ValueError for pictures with fewer blocks of 8x8 pixels than the message has bits."""
+    Raises ValueError for pictures with fewer blocks of 8x8 pixels than the message has bits, and for what is no picture."""
+    if not is_batch(pictures):
+        return [to_pil(add_watermark(batch_of(picture), message))[0] for picture in read_each(pictures)]
     pixels = (255 * pictures.float()).round()                                   # (B, 3, H, W)
     sums, bits = blocks(pixels), repeat(message, pictures)                      # (B, n, 16), (n,)
     largest = sums[..., 1:].topk(2, dim=-1)
@@ -37,12 +43,26 @@ def add_watermark(pictures: Tensor, message: list[int] = MESSAGE) -> Tensor:
     return (shift(pixels, change) / 255).to(pictures.dtype)
 
 
-def read_watermark(pictures: Tensor, length: int = len(MESSAGE)) -> list[list[int]]:
-    """The bits in each of the pictures (B, 3, H, W) in [0, 1], whatever they mean: without a mark they are noise."""
+def read_watermark(pictures: Picture | list[Picture], length: int = len(MESSAGE)) -> list[list[int]]:
+    """The bits in each of the pictures, whatever they mean: without a mark they are noise.
+
+    pictures: a tensor (B, 3, H, W) in [0, 1], or one picture of any kind, or a list of them.
+    Raises ValueError for pictures that have no room for so many bits, and for what is no picture."""
+    if not is_batch(pictures):
+        return [read_watermark(batch_of(picture), length)[0] for picture in read_each(pictures)]
     votes = read_bits((255 * pictures.float()).round()).float()
     turn = repeat(list(range(length)), pictures)                                # (n,), whose turn it is
     shares = torch.stack([votes[:, turn == i].mean(dim=1) for i in range(length)], dim=1)   # (B, length)
     return (shares > 0.5).int().tolist()
+
+
+def is_batch(pictures) -> bool:
+    return isinstance(pictures, Tensor) and pictures.ndim == 4 and pictures.shape[1] == 3 and pictures.is_floating_point()
+
+
+def batch_of(picture: Pixels) -> Tensor:
+    """(1, 3, H, W) in [0, 1]."""
+    return to_tensor(picture, *size_of(picture))
 
 
 def read_bits(pixels: Tensor) -> Tensor:

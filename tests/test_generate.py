@@ -193,3 +193,20 @@ def test_results_are_ordinary_tensors_that_can_be_changed_and_trained_on(flux):
         with torch.enable_grad():
             (given * scale).sum().backward()
         assert torch.isfinite(scale.grad).all()
+
+
+@pytest.mark.parametrize("fails", [1, 2])
+def test_decoding_that_needs_too_much_memory_does_not_cost_the_images(flux, monkeypatch, fails):
+    """At first one after the other, then on the CPU. By hand: the first calls fail."""
+    z = torch.randn(2, 16, 4, 4)
+    expected, decode_all, calls = decode(flux, z), type(flux.autoencoder).decode, []
+
+    def fail_first(self, z):
+        calls.append(len(z))
+        if len(calls) <= fails:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return decode_all(self, z)
+
+    monkeypatch.setattr(type(flux.autoencoder), "decode", fail_first)
+    assert torch.allclose(decode(flux, z), expected, atol=1e-5)
+    assert calls == ([2, 1, 1] if fails == 1 else [2, 1, 1, 1])

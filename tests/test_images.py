@@ -10,7 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from miniflux.images import fit, natural_size, read_each, read_picture, read_pictures, round_size, size_of, to_pil, to_tensor
+from miniflux.images import as_pil, encodable, fit, natural_size, read_each, read_picture, read_pictures, round_size, save, size_of, to_pil, to_tensor
+from miniflux.info import marks
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "images"
 COLOURS = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
@@ -78,6 +79,62 @@ def test_a_picture_of_one_pixel_becomes_any_size():
     assert torch.equal(fit([read_picture(Image.new("RGB", (1, 1), (255, 0, 0)))], 16, 32)[0, :, 5, 7], torch.tensor([1.0, -1, -1]))
 
 
+@pytest.mark.parametrize("mode, colour, expected", [
+    ("1", 1, (255, 255, 255)),
+    ("L", 100, (100, 100, 100)),
+    ("LA", (100, 128), (177, 177, 177)),                    # half of it is the white beneath: 100 · 128/255 + 255 · 127/255
+    ("La", (50, 128), (177, 177, 177)),                     # the same, multiplied by alpha before
+    ("RGB", (10, 20, 30), (10, 20, 30)),
+    ("RGBA", (10, 20, 30, 0), (255, 255, 255)),
+    ("RGBa", (5, 10, 15, 128), (132, 137, 142)),
+    ("RGBX", (10, 20, 30, 7), (10, 20, 30)),
+    ("CMYK", (255, 0, 0, 0), (0, 255, 255)),
+    ("YCbCr", (76, 85, 255), (254, 0, 0)),
+    ("HSV", (0, 255, 255), (255, 0, 0)),
+    ("LAB", (255, 128, 128), (255, 255, 255)),              # L* = 100, a* = b* = 0: white
+    ("LAB", (0, 128, 128), (0, 0, 0)),
+    ("I;16", 257 * 100, (100, 100, 100)),
+    ("I;16B", 257 * 100, (100, 100, 100)),
+    ("I", 257 * 100, (100, 100, 100)),
+    ("I", 100, (100, 100, 100)),
+    ("F", 0.4, (102, 102, 102)),
+])
+def test_every_mode_of_pillow_has_its_colours(mode, colour, expected):
+    """By hand, to a unit or two of 255 where a formula rounds."""
+    picture = as_pil(read_picture(Image.new(mode, (3, 2), colour)))
+    assert picture.mode == "RGB" and picture.size == (3, 2)
+    assert max(abs(a - b) for a, b in zip(picture.getpixel((1, 1)), expected)) <= 2
+
+
+def test_a_palettes_transparent_colour_is_the_background():
+    picture = Image.new("P", (2, 1), 1)
+    picture.putpalette([10, 20, 30, 200, 100, 50])
+    assert read_picture(picture).getpixel((0, 0)) == (200, 100, 50)
+    picture.info["transparency"] = 1
+    assert read_picture(picture).getpixel((0, 0)) == (255, 255, 255)
+
+
+RAMP = np.tile(np.arange(256), (4, 1))
+
+
+@pytest.mark.parametrize("array", [
+    RAMP.astype(np.uint8), RAMP.astype(np.int32), RAMP.astype(np.int64), RAMP.astype(np.uint32), RAMP * 257, (RAMP * 257).astype(np.uint16),
+    (RAMP * 257).astype(">u2"), RAMP / 255, (RAMP / 255).astype(np.float16), (RAMP / 255).astype(np.float32),
+], ids=lambda array: str(array.dtype))
+def test_numbers_of_every_type_have_their_brightness(array):
+    """Oracle: the ramp as bytes. Arrays, tensors and, of the types it has, Pillow's pictures."""
+    for source in (array, array[..., None], torch.from_numpy(array.astype(array.dtype.newbyteorder("="))) if array.dtype != np.uint32 else array,
+                   *([Image.fromarray(array)] if array.dtype in (np.uint8, np.int32, np.uint16, np.float32) else [])):
+        found = np.asarray(as_pil(read_picture(source)), int)
+        assert abs(found - RAMP[..., None]).max() <= 0
+
+
+def test_what_is_read_shares_no_memory_with_what_was_given():
+    array = np.zeros((4, 4, 3), np.float32)
+    read_picture(array).add_(1)
+    assert array.max() == 0
+
+
 def test_resizing_is_pillows_lanczos():
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8))
     expected = np.asarray(picture.resize((32, 16), Image.Resampling.LANCZOS))
@@ -92,10 +149,17 @@ def test_resizing_is_pillows_lanczos():
     (np.zeros((0, 4, 3)), "shape .0, 4, 3."),
     (np.full((4, 4, 3), 2.0), "holds float64 from 2.0 to 2.0: expected uint8, or floats in"),
     (np.full((4, 4, 3), np.nan), "holds float64 from nan"),
-    (np.zeros((4, 4, 3), np.int32), "holds int32"),
+    (np.full((4, 4, 3), -1, np.int32), "holds int32 from -1 to -1: expected uint8, or floats in"),
+    (np.full((4, 4), 65536), "holds int64 from 65536"),
+    (np.zeros((4, 4, 4)), "holds float64 from 0.0"),
+    (np.zeros((4, 4, 3), complex), "holds complex128"),
+    (np.full((4, 4), "x"), "holds <U1"),
+    (torch.zeros(64, 64, 3), r"a tensor of the shape \(64, 64, 3\): expected \(3, H, W\)"),
+    ("https://example.com/a.png", "https://example.com/a.png is an address, which is not fetched: download it first"),
+    (".", "the image . does not exist as a file: it is a folder"),
     (torch.full((3, 4, 4), -1.0), "holds float32 from -1.0"),
     (torch.zeros(3), "a tensor of the shape .3,.: expected .3, H, W."),
-    (Image.new("F", (2, 2)), "a PIL picture of floating-point numbers"),
+    (Image.new("F", (2, 2), 2.0), "holds float32 from 2.0 to 2.0: expected uint8, or floats in"),
     ([], "there is no image: expected one, or a list of them"),
     ([COLOURS, COLOURS[:3]], "the images of one call must have one size, got 7 x 3, 7 x 5"),
 ])
@@ -145,3 +209,11 @@ def test_a_rounded_size_is_said(caplog):
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the pictures lie beside the repository")
 def test_real_pictures_are_read_at_their_own_size():
     assert size_of(read_picture(SHARED / "robot.webp")) == (840, 840) and size_of(read_picture(SHARED / "cup_mask.png")) == (1232, 1632)
+
+
+def test_metadata_that_is_no_text_is_written_with_escapes(tmp_path):
+    """A file called caf\\xe9.png, not in UTF-8, has half of a surrogate pair in its name."""
+    save(Image.new("RGB", (4, 4)), tmp_path / "a.png", {"image": "caf\udce9.png", "prompt": "a\0b"}, marks("generate", "tiny", "caf\udce9"))
+    with Image.open(tmp_path / "a.png") as picture:
+        assert picture.text == {"image": "caf\\udce9.png", "prompt": "ab"}
+    assert encodable("狐 é") == "狐 é"

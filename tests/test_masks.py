@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from miniflux import blur_mask, expand_canvas, mask_from_alpha
+from miniflux.images import read_pictures
 from miniflux.masks import around_mask, crop_box, feather, fit_masks, latent_mask, paste, read_masks
 
 PICTURE = [Image.new("RGB", (64, 48))]
@@ -128,3 +129,26 @@ def test_around_the_mask_is_for_one_picture():
         around_mask(PICTURE * 2, [box(64, 48, 0, 0, 9, 9)] * 2, 64, 64, 4)
     with pytest.raises(ValueError, match="mask_padding is -3"):
         around_mask(PICTURE, [box(64, 48, 0, 0, 9, 9)], 64, 64, -3)
+
+
+BLOCK = np.zeros((32, 48), np.uint8)
+BLOCK[8:24, 16:40] = 1
+
+
+@pytest.mark.parametrize("mask", [
+    BLOCK, BLOCK * 255, BLOCK[..., None], BLOCK.astype(bool), BLOCK.astype(np.int64), BLOCK.astype(np.uint16), BLOCK.astype(np.float32),
+    BLOCK.astype(np.float64), np.stack([BLOCK] * 3, -1), torch.from_numpy(BLOCK), torch.from_numpy(BLOCK)[None],
+    torch.from_numpy(BLOCK)[None, None], torch.from_numpy(BLOCK).bool(), torch.from_numpy(BLOCK).long(), torch.from_numpy(BLOCK).half(),
+    Image.fromarray(BLOCK), Image.fromarray(BLOCK * 255), Image.fromarray(BLOCK * 255).convert("1"), Image.fromarray(BLOCK.astype(np.int32)),
+    Image.fromarray(BLOCK.astype(np.float32)), Image.fromarray(BLOCK.astype(np.uint16)), Image.fromarray(BLOCK).convert("RGB"),
+], ids=lambda mask: f"{type(mask).__name__} {getattr(mask, 'dtype', getattr(mask, 'mode', ''))}")
+def test_zeros_and_ones_are_a_mask_whatever_holds_them(mask):
+    photo = read_pictures(np.zeros((32, 48, 3), np.uint8))
+    hole = fit_masks(read_masks(mask, photo), 48, 32)
+    assert torch.equal(hole[0, 0], torch.from_numpy(BLOCK).float())
+
+
+def test_a_mask_file_of_zeros_and_ones_is_read(tmp_path):
+    Image.fromarray(BLOCK).save(tmp_path / "mask.png")
+    hole = fit_masks(read_masks(tmp_path / "mask.png", read_pictures(np.zeros((32, 48, 3), np.uint8))), 48, 32)
+    assert hole.sum() == BLOCK.sum()

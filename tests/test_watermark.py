@@ -93,3 +93,19 @@ def test_a_picture_without_room_gets_one_sentence():
 def test_a_photo_on_white_is_marked():
     pixels = np.asarray(Image.open(SHARED / "robot.webp").convert("RGB"))
     assert read_in_loops(marked(pixels)) == MESSAGE
+
+
+def test_pictures_of_every_kind_are_marked_and_read(tmp_path):
+    """Oracle: the same picture as a tensor."""
+    picture = Image.fromarray(np.random.default_rng(5).integers(40, 200, (64, 96, 3), dtype=np.uint8))
+    marked, = add_watermark(picture)
+    assert isinstance(marked, Image.Image) and marked.size == (96, 64)
+    marked.save(tmp_path / "marked.png")
+    expected = add_watermark(torch.from_numpy(np.asarray(picture) / 255).permute(2, 0, 1)[None])
+    assert np.array_equal(np.asarray(marked), (expected[0] * 255).round().permute(1, 2, 0).numpy())
+    for source in (marked, tmp_path / "marked.png", str(tmp_path / "marked.png"), np.asarray(marked), expected, expected[0]):
+        assert read_watermark(source) == [MESSAGE]
+    assert read_watermark([marked, marked]) == [MESSAGE, MESSAGE]
+    for mistake in (3, None, "nowhere.png"):
+        with pytest.raises((ValueError, FileNotFoundError)):
+            read_watermark(mistake)
