@@ -3,8 +3,9 @@
     miniflux._cpu        csrc/reference.cpp and csrc/cpu/: needs a C++17 compiler with OpenMP
     miniflux._cuda       csrc/cuda/: needs nvcc as well; no driver, no GPU, no PyTorch for CUDA
 
-Both are optional: where one cannot be built, the package is installed without it, and PyTorch's own operations do its work.
-MINIFLUX_REQUIRE_NATIVE=1 makes a failed build an error. `python -m miniflux.networks.native` says what there is.
+Both are optional: where one cannot be built, the package is installed without it, and PyTorch's own
+operations do its work. MINIFLUX_REQUIRE_NATIVE=1 makes a failed build an error.
+`python -m miniflux.networks.native` lists what was built.
 """
 
 import os
@@ -20,15 +21,23 @@ from setuptools import setup
 from setuptools.command.build_ext import build_ext
 
 # Sums may be reordered, so that they can be vectorised; NaN and infinity keep their meaning.
-FLAGS = ["-O3", "-Wall", "-Wextra", "-fopenmp", "-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math", "-fno-math-errno"]
+FLAGS = [
+    "-O3", "-Wall", "-Wextra", "-fopenmp",
+    "-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math", "-fno-math-errno",
+]
 if platform.machine() in ("x86_64", "AMD64"):
     FLAGS.append("-mprefer-vector-width=512")
 OPTIONAL = os.environ.get("MINIFLUX_REQUIRE_NATIVE") != "1"
 NVCC = shutil.which("nvcc")
-# A100, H100, RTX 50, and code that newer ones translate. What does not fit into registers would be slow: it is an error.
-CUDA_FLAGS = ["-O3", "-std=c++17", "--threads=0", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Werror=all-warnings", "-Xptxas=-warn-spills",
-              "-Xptxas=-warn-lmem-usage", *(f"-gencode=arch=compute_{n},code=sm_{n}" for n in ("80", "90a")),
-              "-gencode=arch=compute_120,code=[sm_120,compute_120]"]
+# A100, H100, RTX 50, and code that newer ones translate. What does not fit into registers would be
+# slow: it is an error.
+CUDA_FLAGS = [
+    "-O3", "-std=c++17", "--threads=0", "-Xcompiler=-fPIC,-fvisibility=hidden",
+    "-Werror=all-warnings", "-Xptxas=-warn-spills", "-Xptxas=-warn-lmem-usage",
+    "-gencode=arch=compute_80,code=sm_80",
+    "-gencode=arch=compute_90a,code=sm_90a",
+    "-gencode=arch=compute_120,code=[sm_120,compute_120]",
+]
 
 
 class BuildExtensions(build_ext):
@@ -38,18 +47,32 @@ class BuildExtensions(build_ext):
         output = self.get_ext_fullpath(extension.name)
         os.makedirs(os.path.dirname(output), exist_ok=True)
         includes = [f"-I{folder}" for folder in (pybind11.get_include(), *self.include_dirs)]
-        try:                                                # nvcc links, too, and brings its own runtime along
-            subprocess.run([NVCC, "-shared", *CUDA_FLAGS, *includes, *extension.sources, "-o", output], check=True)
+        # nvcc links, too, and brings its own runtime along.
+        command = [NVCC, "-shared", *CUDA_FLAGS, *includes, *extension.sources, "-o", output]
+        try:
+            subprocess.run(command, check=True)
         except (OSError, subprocess.CalledProcessError) as error:
             raise CompileError(str(error)) from error
 
 
 extensions = [
-    Pybind11Extension("miniflux._cpu", ["csrc/reference.cpp", *sorted(glob("csrc/cpu/*.cpp"))], cxx_std=17,
-                      depends=["csrc/attention.h", *glob("csrc/cpu/*.h")], extra_compile_args=FLAGS, extra_link_args=["-fopenmp"],
-                      optional=OPTIONAL),
+    Pybind11Extension(
+        "miniflux._cpu",
+        ["csrc/reference.cpp", *sorted(glob("csrc/cpu/*.cpp"))],
+        cxx_std=17,
+        depends=["csrc/attention.h", *glob("csrc/cpu/*.h")],
+        extra_compile_args=FLAGS,
+        extra_link_args=["-fopenmp"],
+        optional=OPTIONAL,
+    ),
 ]
 if NVCC:
-    extensions.append(Pybind11Extension("miniflux._cuda", ["csrc/cuda/kernels.cu", "csrc/cuda/bind.cpp"],
-                                        depends=["csrc/attention.h", *glob("csrc/cuda/*.*h")], optional=OPTIONAL))
+    extensions.append(
+        Pybind11Extension(
+            "miniflux._cuda",
+            ["csrc/cuda/kernels.cu", "csrc/cuda/bind.cpp"],
+            depends=["csrc/attention.h", *glob("csrc/cuda/*.*h")],
+            optional=OPTIONAL,
+        )
+    )
 setup(ext_modules=extensions, cmdclass={"build_ext": BuildExtensions})

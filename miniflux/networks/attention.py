@@ -8,8 +8,8 @@ the token's position. So the score of two tokens depends only on the *difference
 (RoPE, Su et al. 2021, arXiv:2104.09864). In FLUX a token has three positions (reference index, row,
 column), and each of them rotates its own share of the channels.
 
-Shapes: qkv (B, S, 3, H, D) as the linear layer leaves it, with S = L text tokens followed by N image
-tokens; the result is (B, S, H·D).
+Shapes: qkv (B, S, 3, H, D) as the linear layer leaves it, with S = L text tokens followed by N
+image tokens; the result is (B, S, H·D).
 Which implementation computes it: `attention_backends.py`. The same in plain C++:
 `csrc/reference.cpp`. Reference: `src/flux/math.py` of the original FLUX.1 repository.
 """

@@ -4,8 +4,8 @@
 
 `miniflux._cpu` (csrc/cpu) computes norm, rotation and attention in one call, and the layers between
 the attentions of a small network. `miniflux._cuda` (csrc/cuda) has a ladder of attention kernels:
-`naive`, `tiles`, `mma`, and `wgmma` for an H100. Of the first three, `attention` is the highest that
-takes the tensors: `mma` for float16 and bfloat16 with heads of 32, 64 or 128 channels.
+`naive`, `tiles`, `mma`, and `wgmma` for an H100. Of the first three, `attention` is the highest
+that takes the tensors: `mma` for float16 and bfloat16 with heads of 32, 64 or 128 channels.
 Both are built when the package is installed, where there is a compiler. Without them PyTorch's own
 operations do the same.
 

@@ -12,9 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from miniflux import generate, load
-from miniflux.networks import native
 from miniflux.networks import attention as module
-from miniflux.networks import attention_backends
+from miniflux.networks import attention_backends, native
 from miniflux.networks.attention import (
     BACKENDS,
     apply_rope,

@@ -1,4 +1,4 @@
-"""The linear layer, the GELU and the modulated norm of the transformer. Oracle: PyTorch's own, in float64."""
+"""The linear layer, the GELU and the modulated norm. Oracle: PyTorch's own, in float64."""
 
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +19,7 @@ built = pytest.mark.skipif(native._cpu is None and os.environ.get("MINIFLUX_REQU
 
 
 def by_columns(layer: Linear) -> Linear:
-    """The same layer, its weight stored by columns, as a checkpoint's is when it is converted to float32."""
+    """The same layer, its weight stored by columns, as loading a checkpoint in float32 does."""
     layer.weight.data = layer.weight.data.t().contiguous().t()
     return layer
 
@@ -39,16 +39,18 @@ def test_few_rows_times_a_weight_by_columns(rows, K, N):
     assert layer(x).shape == (*rows, N) and error(layer(x), expected) < 2e-6
     wide = torch.randn(*rows, K + 5)
     wide[..., 3:-2] = x
-    assert torch.equal(layer(wide[..., 3:-2]), layer(x))                        # rows that are parts of wider ones
+    assert torch.equal(layer(wide[..., 3:-2]), layer(x))    # rows that are parts of wider ones
 
 
 @built
 def test_no_rows_and_nan():
     layer = by_columns(Linear(8, 16))
-    assert layer(torch.empty(0, 8)).shape == (0, 16) and tanh_gelu(torch.empty(0, 8)).shape == (0, 8)
+    assert layer(torch.empty(0, 8)).shape == (0, 16)
+    assert tanh_gelu(torch.empty(0, 8)).shape == (0, 8)
     x = torch.randn(10, 8)
     x[3, 2] = torch.nan
-    assert torch.equal(layer(x).isnan().all(1), torch.arange(10) == 3) and not layer(x)[4:].isnan().any()
+    assert torch.equal(layer(x).isnan().all(1), torch.arange(10) == 3)
+    assert not layer(x)[4:].isnan().any()
 
 
 @built
@@ -70,14 +72,16 @@ def test_everything_else_is_pytorchs(what, change):
 def test_gradients_and_compiled_graphs_are_pytorchs():
     layer, x = by_columns(Linear(32, 64)), torch.randn(5, 32)
     compiled = torch.compile(lambda x: tanh_gelu(layer(x)), fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(x), F.gelu(F.linear(x, layer.weight, layer.bias), approximate="tanh"))
+    expected = F.gelu(F.linear(x, layer.weight, layer.bias), approximate="tanh")
+    torch.testing.assert_close(compiled(x), expected)
     with torch.enable_grad():
         tanh_gelu(layer(x)).sum().backward()
     assert layer.weight.grad is not None
 
 
 def test_the_gelu_is_pytorchs_with_the_tanh_formula():
-    x = torch.cat([torch.linspace(-12, 12, 4001), torch.tensor([0, -1e-30, 1e4, -1e4, 3e38, -3e38])]).view(1, -1)
+    extremes = torch.tensor([0, -1e-30, 1e4, -1e4, 3e38, -3e38])
+    x = torch.cat([torch.linspace(-12, 12, 4001), extremes]).view(1, -1)
     assert (TanhGELU()(x) - F.gelu(x.double(), approximate="tanh")).abs().max() < 1e-6
     for part in (x[:, ::3], x[:, 5:-2], x.expand(3, -1)[:, 1:9]):
         assert torch.equal(tanh_gelu(part), tanh_gelu(part.contiguous()))
@@ -87,21 +91,25 @@ def test_the_gelu_is_pytorchs_with_the_tanh_formula():
 
 def test_the_modulated_norm_is_layer_norm_times_one_plus_scale_plus_shift():
     torch.manual_seed(0)
-    x = 3 + torch.randn(3, 5, 33)                                               # B, S and channels that are no round numbers
-    parts = torch.randn(3, 1, 6 * 33).chunk(6, dim=-1)                          # as the modulation gives them
+    x = 3 + torch.randn(3, 5, 33)                           # no size is a round number
+    parts = torch.randn(3, 1, 6 * 33).chunk(6, dim=-1)      # as the modulation gives them
 
     def by_hand(x, shift, scale):
         x, shift, scale = x.double(), shift.double(), scale.double()
-        return (1 + scale) * (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, unbiased=False) + 1e-6).sqrt() + shift
+        centred = x - x.mean(-1, keepdim=True)
+        variance = centred.square().mean(-1, keepdim=True)
+        return (1 + scale) * centred / (variance + 1e-6).sqrt() + shift
 
     for shift, scale in ((parts[0], parts[1]), (parts[4].contiguous(), parts[3])):
         assert error(modulate(x, shift, scale), by_hand(x, shift, scale)) < 1e-6
-    assert torch.equal(modulate(x.transpose(0, 1).contiguous().transpose(0, 1), *parts[:2]), modulate(x, *parts[:2]))
-    for_each_token = torch.randn(2, 3, 5, 33)                                   # PyTorch's way takes these too
+    transposed = x.transpose(0, 1).contiguous().transpose(0, 1)
+    assert torch.equal(modulate(transposed, *parts[:2]), modulate(x, *parts[:2]))
+    for_each_token = torch.randn(2, 3, 5, 33)               # PyTorch's way takes these too
     assert error(modulate(x, *for_each_token), by_hand(x, *for_each_token)) < 1e-6
-    one = parts[0][:1], parts[1][:1]                                            # one picture's modulation for all
+    one = parts[0][:1], parts[1][:1]                        # one image's modulation for all
     assert error(modulate(x, *one), by_hand(x, *one)) < 1e-6
-    assert modulate(torch.full((1, 2, 8), 5.0), torch.ones(1, 1, 8), torch.zeros(1, 1, 8)).eq(1).all()  # a constant row: the shift
+    constant, shift, scale = torch.full((1, 2, 8), 5.0), torch.ones(1, 1, 8), torch.zeros(1, 1, 8)
+    assert modulate(constant, shift, scale).eq(1).all()     # only the shift is left
 
 
 # ----------------------------------------------------------- where a kernel must not be called
@@ -129,7 +137,7 @@ def test_transforms_traces_and_modes_see_every_operation():
     expected = tiny_layers(layer, x)
     call = partial(tiny_layers, layer)
     torch.testing.assert_close(torch.vmap(call)(x[None])[0], expected)
-    traced = torch.jit.trace(lambda x: call(x), x)          # a kernel would leave empty memory there
+    traced = torch.jit.trace(lambda x: call(x), x)        # a kernel would leave empty memory there
     torch.testing.assert_close(traced(2 * x), tiny_layers(layer, 2 * x))
     with FakeTensorMode(allow_non_fake_inputs=True):
         assert isinstance(call(x), FakeTensor)

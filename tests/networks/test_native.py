@@ -11,7 +11,13 @@ import torch
 from torch.nn.functional import rms_norm
 
 from miniflux.networks import native
-from miniflux.networks.attention import apply_rope, attention, attention_backend, formula, rope_table
+from miniflux.networks.attention import (
+    apply_rope,
+    attention,
+    attention_backend,
+    formula,
+    rope_table,
+)
 
 pytestmark = pytest.mark.skipif(native._cpu is None and os.environ.get("MINIFLUX_REQUIRE_NATIVE") != "1",
                                 reason="miniflux._cpu is not built: there is no compiler here")

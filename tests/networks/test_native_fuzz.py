@@ -8,6 +8,7 @@ libasan preloaded."""
 import os
 import random
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -32,7 +33,7 @@ def tensor(draw: random.Random, shape: tuple[int, ...], dtype=torch.float32) -> 
     x = torch.randn(shape).to(dtype)
     way = draw.choice(("plain", "plain", "part", "part", "permuted", "steps", "expanded",
                        "misaligned", "negated", "frozen"))
-    if way == "part":                                       # of a wider tensor, as fused weights give
+    if way == "part":                                     # of a wider tensor, as fused weights give
         ends = [(draw.randint(0, 3), draw.randint(0, 3)) for _ in shape]
         whole = torch.randn([a + n + b for n, (a, b) in zip(shape, ends)]).to(dtype)
         part = whole[tuple(slice(a, a + n) for n, (a, b) in zip(shape, ends))]
@@ -189,8 +190,8 @@ def test_attention():
             taken += native.refusal(*tensors) is None
         compare(
             draw,
-            lambda *tensors: attention(*tensors, L, backend=backend),
-            lambda *tensors: attention(*tensors, L, backend="formula"),
+            partial(attention, L=L, backend=backend),
+            partial(attention, L=L, backend="formula"),
             tensors,
             bound=1e-4 if tensors[0].dtype != torch.bfloat16 else 3e-2,
             may_refuse=backend == "native",
