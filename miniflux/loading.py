@@ -8,7 +8,7 @@ import torch
 from .adapters.redux import add_redux
 from .checkpoints import layouts
 from .checkpoints.building import pick
-from .checkpoints.configs import read_schedule
+from .checkpoints.configs import read_folder_schedule
 from .checkpoints.finding import (
     VARIANT,
     find_part,
@@ -55,7 +55,7 @@ def load(source: str | Path = "tiny", *, device: torch.device | str | None = Non
         from .plan import load_fitting
         flux = load_fitting(source, device, dtype, transformer)
     else:
-        flux = assemble(source, device, dtype, transformer)
+        flux = assemble(source, device, dtype, transformer, own_schedule=schedule is None)
     return flux if schedule is None else with_schedule(flux, schedule)
 
 
@@ -73,13 +73,15 @@ def with_schedule(flux: Flux, schedule: str | Schedule) -> Flux:
 
 
 def assemble(source: str | Path, device: torch.device, dtype: torch.dtype | None,
-             transformer: str | Path | None = None) -> Flux:
-    """The model of `load`, from its files; with the dtype None, as they hold it."""
+             transformer: str | Path | None = None, own_schedule: bool = True) -> Flux:
+    """The model of `load`, from its files; with the dtype None, as they hold it.
+
+    own_schedule: whether the folder's schedule is read, and refused where it is not followed here."""
     folder = find_source(source)
     if (folder / VARIANT).is_file():
         return assemble_variant(folder, device, dtype, transformer)
     if find_part(folder, "image_embedder") and not find_part(folder, "transformer"):
-        return add_redux(assemble("dev", device, dtype, transformer), folder)
+        return add_redux(assemble("dev", device, dtype, transformer, own_schedule), folder)
     override = None if transformer is None else find_transformer(transformer)
     files = (find_parts if folder.is_dir() else find_parts_in_file)(folder, override)
 
@@ -97,7 +99,7 @@ def assemble(source: str | Path, device: torch.device, dtype: torch.dtype | None
         mmdit=part("transformer", layouts.load_mmdit),
         autoencoder=part("vae", layouts.load_autoencoder),
         config=FluxConfig(name=Path(source).name))
-    flux = replace(flux, config=read_config(flux, folder, replaced=override is not None))
+    flux = replace(flux, config=read_config(flux, folder, override is not None, own_schedule))
     check_fit(flux, folder)
     return add_redux(flux, folder) if "image_embedder" in files else flux
 
@@ -133,7 +135,7 @@ def without_guidance(mmdit: MMDiT, guidance: float) -> MMDiT:
     return fixed.eval().requires_grad_(False)
 
 
-def read_config(flux: Flux, folder: Path, replaced: bool) -> FluxConfig:
+def read_config(flux: Flux, folder: Path, replaced: bool, own_schedule: bool) -> FluxConfig:
     """The bundle's settings from the folder's small JSON files.
 
     replaced: whether the transformer is another one than the folder's. It keeps the folder's schedule
@@ -141,9 +143,8 @@ def read_config(flux: Flux, folder: Path, replaced: bool) -> FluxConfig:
     transformer with guidance embedding has no use for schnell's schedule."""
     guided = flux.mmdit.config.guidance_embed
     settings = SCHEDULES["dev" if guided else "schnell"]
-    file = folder / "scheduler" / "scheduler_config.json"
-    if file.is_file():
-        own = read_schedule(file)
+    own = read_folder_schedule(folder) if own_schedule else None
+    if own is not None:
         if own.use_dynamic_shifting or not (replaced and guided):
             settings = own
         if replaced and not guided and own.use_dynamic_shifting:

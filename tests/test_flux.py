@@ -218,6 +218,13 @@ def test_the_schedule_can_be_asked_for(folder, tmp_path):
     refused("schedule is 'fast', expected 'dev', 'schnell' or a Schedule", folder, schedule="fast")
 
 
+def test_another_scheduler_is_refused_unless_a_schedule_is_asked_for(folder):
+    """diffusers builds the class of model_index.json."""
+    change(folder / "model_index.json", scheduler=["diffusers", "FlowMatchHeunDiscreteScheduler"])
+    refused("model_index.json names the scheduler 'FlowMatchHeunDiscreteScheduler', expected Flow", folder)
+    assert load(folder, device="cpu", schedule="dev").config.schedule == Schedule()
+
+
 def test_a_guided_transformer_does_not_take_schnells_schedule(tmp_path):
     """A fine-tuned dev put into schnell's folder."""
     schnell = small_pipeline(tmp_path / "schnell", guidance=False)

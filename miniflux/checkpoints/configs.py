@@ -47,6 +47,21 @@ SCHEDULER = Keys(
 SCHEDULER_CLASS = "FlowMatchEulerDiscreteScheduler"
 
 
+def read_folder_schedule(folder: Path) -> Schedule | None:
+    """The schedule of a model's folder; None if it brings none.
+
+    Note: diffusers builds the class that model_index.json names, whatever the scheduler's own file
+    names."""
+    index = folder / "model_index.json"
+    entry = read_json(index).get("scheduler") if index.is_file() else None
+    named = entry[-1] if isinstance(entry, list) and entry else None
+    if named not in (None, SCHEDULER_CLASS):
+        raise ValueError(f"{index} names the scheduler {named!r:.60}, expected {SCHEDULER_CLASS}: "
+                         'schedule="dev" or "schnell" asks for one of those')
+    path = folder / "scheduler" / "scheduler_config.json"
+    return read_schedule(path) if path.is_file() else None
+
+
 def read_schedule(path: Path) -> Schedule:
     """The schedule of a scheduler_config.json."""
     values = read_json(path)

@@ -6,10 +6,36 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from diffusers import FlowMatchEulerDiscreteScheduler
+import torch
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    FluxControlNetModel,
+    FluxTransformer2DModel,
+)
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPVisionConfig,
+    PreTrainedConfig,
+    SiglipVisionConfig,
+    T5Config,
+)
 
-from miniflux.checkpoints.configs import SCHEDULER, read_schedule
+from miniflux.checkpoints.configs import (
+    AUTOENCODER,
+    CLIP_TEXT,
+    CONTROLNET,
+    SCHEDULER,
+    T5_ENCODER,
+    TRANSFORMER,
+    VISION,
+    check_t5,
+    clip_config,
+    read_schedule,
+)
+from miniflux.checkpoints.layouts import load_clip
 from miniflux.flux import Schedule
 from miniflux.sampling import schedule
 
@@ -56,7 +82,7 @@ def test_the_times_are_those_of_diffusers_for_every_setting(tmp_path, settings, 
 
 def test_the_beta_spacing_is_made_of_the_quantiles_of_the_beta_distribution():
     """Oracle: the arcsine distribution, Beta(1/2, 1/2), whose quantiles are sin^2(pi p / 2)."""
-    from miniflux.sampling import beta_quantile
+    from miniflux.spacing import beta_quantile
     for p in (0, 1e-3, 0.2, 0.5, 0.77, 1):
         assert beta_quantile(p, 0.5) == pytest.approx(np.sin(np.pi * p / 2) ** 2, abs=1e-9)
 
@@ -94,5 +120,66 @@ def check_keys(known, names: set[str]) -> None:
     assert all(known.harmless.values())
 
 
-def test_every_key_of_the_scheduler_is_read_or_fixed_or_harmless():
-    check_keys(SCHEDULER, set(inspect.signature(FlowMatchEulerDiscreteScheduler).parameters))
+@pytest.mark.parametrize("known, kind", [
+    (SCHEDULER, FlowMatchEulerDiscreteScheduler), (TRANSFORMER, FluxTransformer2DModel),
+    (CONTROLNET, FluxControlNetModel), (AUTOENCODER, AutoencoderKL)], ids=lambda x: str(x)[-40:])
+def test_every_key_of_diffusers_configs_is_read_or_fixed_or_harmless(known, kind):
+    check_keys(known, set(inspect.signature(kind).parameters))
+
+
+@pytest.mark.parametrize("known, kinds", [
+    (CLIP_TEXT, [CLIPTextConfig]), (VISION, [CLIPVisionConfig, SiglipVisionConfig]),
+    (T5_ENCODER, [T5Config])], ids=lambda x: str(x)[-40:])
+def test_every_key_of_transformers_configs_is_read_or_fixed_or_harmless(known, kinds):
+    """Those that all configs have are about training, outputs and generation."""
+    for kind in kinds:
+        check_keys(known, set(kind().to_dict()) - set(PreTrainedConfig().to_dict()))
+
+
+def test_the_fixed_values_are_those_of_the_reference_models():
+    """A table that asks for what the official folders do not have would refuse them."""
+    theirs = dict(inspect.signature(FluxTransformer2DModel).parameters)
+    assert all(theirs[key].default == value for key, value in TRANSFORMER.fixed.items())
+    theirs = dict(inspect.signature(FlowMatchEulerDiscreteScheduler).parameters)
+    assert all(theirs[key].default == value for key, value in SCHEDULER.fixed.items() if key in theirs)
+
+
+# ----------------------------------------------------------------------------------- text encoders
+
+
+TINY_CLIP = dict(hidden_size=16, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4,
+                 vocab_size=50, max_position_embeddings=12)
+
+
+@pytest.mark.parametrize("settings", [
+    {}, {"eos_token_id": 2}, {"eos_token_id": 45}, {"eos_token_id": 0}, {"hidden_act": "gelu"},
+    {"hidden_act": "gelu_new"}, {"hidden_act": "gelu_pytorch_tanh"}, {"layer_norm_eps": 0.1},
+    {"num_attention_heads": 2}], ids=str)
+def test_clip_follows_every_setting_of_its_config(tmp_path, settings):
+    """Oracle: transformers' model with the same config; 49 stands for a word that was added."""
+    torch.manual_seed(0)
+    theirs = CLIPTextModel(CLIPTextConfig(**TINY_CLIP | {"eos_token_id": 48} | settings)).eval()
+    theirs.save_pretrained(tmp_path)
+    ids = torch.tensor([[47, 3, 49, 4, 48, 48, 48], [47, 45, 3, 0, 48, 48, 48], [47, 48, 3, 4, 45, 0, 2]])
+    expected = theirs(ids).pooler_output
+    assert torch.allclose(load_clip(tmp_path)(ids), expected, atol=1e-6)
+
+
+def test_without_a_named_end_the_vocabularys_is_taken():
+    assert clip_config({}, Path("x")).eos_token_id == CLIPTextConfig().eos_token_id == 49407
+
+
+@pytest.mark.parametrize("values", [
+    {"feed_forward_proj": "gated-silu"}, {"feed_forward_proj": "relu"}, {"dense_act_fn": "gelu"},
+    {"layer_norm_epsilon": 1e-5}, {"feed_forward_proj": "gated-gelu", "dense_act_fn": "silu"}], ids=str)
+def test_a_t5_that_computes_otherwise_is_refused(values):
+    with pytest.raises(ValueError, match="^x: .*expected"):
+        check_t5(values, Path("x"))
+
+
+@pytest.mark.parametrize("values", [
+    {}, {"feed_forward_proj": "gated-gelu"}, {"dense_act_fn": "gelu_new"},
+    {"dense_act_fn": "gelu_pytorch_tanh"}, T5Config(feed_forward_proj="gated-gelu").to_dict()],
+    ids=lambda values: str(values)[:40])
+def test_every_way_to_ask_for_the_approximated_gelu_is_taken(values):
+    check_t5(values, Path("x"))
