@@ -1,12 +1,16 @@
-"""The FLUX.1 autoencoder: pictures (B, 3, H, W) in [-1, 1] <-> latents (B, 16, H/8, W/8) of about unit variance.
+"""The FLUX.1 autoencoder: images (B, 3, H, W) in [-1, 1] <-> latents (B, 16, H/8, W/8).
 
-A convolutional encoder predicts mean and log-variance of a Gaussian for every latent pixel, a mirrored decoder paints
-them back (a VAE, Kingma & Welling 2013, as in latent diffusion, Rombach et al. 2021, arXiv:2112.10752). Here the mean is
-taken, as the original repository does: encoding draws no random numbers.
+A convolutional encoder predicts the mean and the log-variance of a Gaussian for every latent
+pixel; a mirrored decoder turns latents back into an image (a VAE, Kingma & Welling 2013, as in
+latent diffusion, Rombach et al. 2021, arXiv:2112.10752). Encoding returns the mean, as in the
+original repository, and draws no random numbers. An affine map gives the latents a variance of
+about one:
 
-    z = (mean - shift_factor) · scale_factor            picture = decoder(z / scale_factor + shift_factor)
+    z     = (mean - shift_factor) * scale_factor,       mean, log_variance = encoder(image)
+    image = decoder(z / scale_factor + shift_factor)
 
-Attributes are named like the tensors of `ae.safetensors`. Reference: `src/flux/modules/autoencoder.py`.
+Attributes are named like the tensors of `ae.safetensors`. Reference:
+`src/flux/modules/autoencoder.py` of the original repository.
 """
 
 from dataclasses import dataclass
@@ -22,9 +26,9 @@ from .layers import clamp_fp16
 class AutoencoderConfig:
     """Sizes of the autoencoder; the defaults are the official one's (83,819,683 parameters)."""
 
-    ch: int = 128                              # width of the first level
-    ch_mult: tuple[int, ...] = (1, 2, 4, 4)    # width of each level; every level but the last halves the picture
-    num_res_blocks: int = 2                    # a level of the encoder; the decoder has one more
+    ch: int = 128                              # channels of the first level
+    ch_mult: tuple[int, ...] = (1, 2, 4, 4)    # channels of each level, as multiples of `ch`
+    num_res_blocks: int = 2                    # per level of the encoder; one more in the decoder
     z_channels: int = 16
     num_groups: int = 32                       # of every GroupNorm
     scale_factor: float = 0.3611
@@ -32,12 +36,15 @@ class AutoencoderConfig:
 
     @property
     def downscale(self) -> int:
-        """Pixels a side that one latent pixel stands for (8)."""
+        """Side of the square of pixels that becomes one latent pixel: every level but the last
+        halves the image."""
         return 2 ** (len(self.ch_mult) - 1)
 
 
 class ResnetBlock(nn.Module):
-    """(B, in, h, w) -> (B, out, h, w): twice GroupNorm, SiLU, 3x3 convolution, around a shortcut."""
+    """x + conv(silu(norm(conv(silu(norm(x)))))): (B, in, h, w) -> (B, out, h, w).
+
+    Where the numbers of channels differ, x goes through a 1x1 convolution before the sum."""
 
     def __init__(self, in_channels: int, out_channels: int, groups: int):
         super().__init__()
@@ -49,14 +56,19 @@ class ResnetBlock(nn.Module):
             self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        # Note: in one expression, so that a name does not keep the first half's pictures alive during the second.
-        h = self.conv2(F.silu(self.norm2(self.conv1(F.silu(self.norm1(x))))))
-        # Note: float16 may overflow wherever no norm comes before; the next norm would make of one infinity a picture of no numbers: black.
-        return clamp_fp16(h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x))
+        # Note: nested, as a name for the first half would keep its activations in memory.
+        y = self.conv2(F.silu(self.norm2(self.conv1(F.silu(self.norm1(x))))))   # (B, out, h, w)
+        if hasattr(self, "nin_shortcut"):
+            x = self.nin_shortcut(x)                                            # (B, out, h, w)
+        # Note: float16 may overflow in a sum. From one infinity, the next norm would make NaN in
+        # the whole image, which is then black.
+        return clamp_fp16(x + y)
 
 
 class AttnBlock(nn.Module):
-    """One-headed attention among all latent pixels, residual; q, k, v are 1x1 convolutions."""
+    """x + proj(attention(norm(x))) with one head, over all latent pixels: (B, C, h, w).
+
+    The projections are 1x1 convolutions."""
 
     def __init__(self, channels: int, groups: int):
         super().__init__()
@@ -67,32 +79,42 @@ class AttnBlock(nn.Module):
         self.proj_out = nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.norm(x)
-        q, k, v = (f(h).flatten(2).transpose(1, 2)[:, None] for f in (self.q, self.k, self.v))  # (B, 1, h·w, C)
-        h = chunked(q.contiguous(), k.contiguous(), v.contiguous())             # beyond 2048x1024 pixels in pieces
-        return clamp_fp16(x + self.proj_out(h[:, 0].transpose(1, 2).unflatten(2, x.shape[2:])))  # (B, C, h, w)
+        def tokens(conv: nn.Conv2d) -> Tensor:
+            return conv(normed).flatten(2).transpose(1, 2)[:, None].contiguous()
+
+        normed = self.norm(x)
+        y = chunked(tokens(self.q), tokens(self.k), tokens(self.v))             # (B, 1, h·w, C)
+        y = y[:, 0].transpose(1, 2).unflatten(2, x.shape[2:])                   # (B, C, h, w)
+        return clamp_fp16(x + self.proj_out(y))
 
 
 class Downsample(nn.Module):
+    """(B, C, h, w) -> (B, C, h/2, w/2) by a convolution of stride 2."""
+
     def __init__(self, channels: int):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
-        # Note: the padding is asymmetric, one row below and one column to the right.
+        # Note: the padding is asymmetric: one row below and one column to the right.
         return clamp_fp16(self.conv(F.pad(x, (0, 1, 0, 1))))                    # (B, C, h/2, w/2)
 
 
 class Upsample(nn.Module):
+    """(B, C, h, w) -> (B, C, 2h, 2w): nearest neighbours, then a convolution."""
+
     def __init__(self, channels: int):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return clamp_fp16(self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest")))  # (B, C, 2h, 2w)
+        x = F.interpolate(x, scale_factor=2.0, mode="nearest")                  # (B, C, 2h, 2w)
+        return clamp_fp16(self.conv(x))
 
 
 class Middle(nn.Module):
+    """What stands between the levels and the latents: (B, C, h, w) -> (B, C, h, w)."""
+
     def __init__(self, channels: int, groups: int):
         super().__init__()
         self.block_1 = ResnetBlock(channels, channels, groups)
@@ -104,33 +126,40 @@ class Middle(nn.Module):
 
 
 class Level(nn.Module):
-    """The residual blocks of one resolution, then (encoder) a downsample or (decoder) an upsample, if any."""
+    """The residual blocks of one resolution, then a downsample (encoder) or upsample (decoder)."""
 
     def __init__(self, in_channels: int, out_channels: int, blocks: int, groups: int,
                  downsample: bool = False, upsample: bool = False):
         super().__init__()
-        self.block = nn.ModuleList(ResnetBlock(in_channels if i == 0 else out_channels, out_channels, groups)
-                                   for i in range(blocks))
+        self.block = nn.ModuleList(
+            ResnetBlock(in_channels if i == 0 else out_channels, out_channels, groups)
+            for i in range(blocks))
         if downsample:
             self.downsample = Downsample(out_channels)
         if upsample:
             self.upsample = Upsample(out_channels)
 
     def layers(self) -> list[nn.Module]:
-        """In their order. Note: who calls a whole level keeps its input alive until it ends; layer by layer, only a layer does."""
-        return [*self.block, *(getattr(self, name) for name in ("downsample", "upsample") if hasattr(self, name))]
+        """The layers in their order.
+
+        Note: the caller runs them one by one. A call of the whole level would keep the level's
+        input in memory until its end."""
+        resize = [getattr(self, name) for name in ("downsample", "upsample") if hasattr(self, name)]
+        return [*self.block, *resize]
 
 
 class Encoder(nn.Module):
-    """(B, 3, H, W) -> (B, 2·z_channels, H/8, W/8): mean, then log-variance."""
+    """Image (B, 3, H, W) -> (B, 2·z_channels, H/8, W/8): mean, then log-variance."""
 
     def __init__(self, config: AutoencoderConfig):
         super().__init__()
         widths = [config.ch * m for m in config.ch_mult]
-        top, groups = len(widths) - 1, config.num_groups
+        last, groups = len(widths) - 1, config.num_groups
         self.conv_in = nn.Conv2d(3, config.ch, 3, padding=1)
-        self.down = nn.ModuleList(Level(widths[max(i - 1, 0)], widths[i], config.num_res_blocks, groups, downsample=i < top)
-                                  for i in range(len(widths)))
+        self.down = nn.ModuleList(
+            Level(widths[max(i - 1, 0)], widths[i], config.num_res_blocks, groups,
+                  downsample=i < last)
+            for i in range(len(widths)))
         self.mid = Middle(widths[-1], groups)
         self.norm_out = nn.GroupNorm(groups, widths[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[-1], 2 * config.z_channels, 3, padding=1)
@@ -144,17 +173,19 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """(B, z_channels, h, w) -> (B, 3, 8h, 8w)."""
+    """Latents (B, z_channels, h, w) -> image (B, 3, 8h, 8w)."""
 
     def __init__(self, config: AutoencoderConfig):
         super().__init__()
         widths = [config.ch * m for m in config.ch_mult]
-        top, groups = len(widths) - 1, config.num_groups
+        last, groups = len(widths) - 1, config.num_groups
         self.conv_in = nn.Conv2d(config.z_channels, widths[-1], 3, padding=1)
         self.mid = Middle(widths[-1], groups)
-        # Note: up[i] belongs to the resolution of down[i], so the decoder runs through them backwards.
-        self.up = nn.ModuleList(Level(widths[min(i + 1, top)], widths[i], config.num_res_blocks + 1, groups, upsample=i > 0)
-                                for i in range(len(widths)))
+        # Note: up[i] has the resolution of down[i], so the decoder goes through them backwards.
+        self.up = nn.ModuleList(
+            Level(widths[min(i + 1, last)], widths[i], config.num_res_blocks + 1, groups,
+                  upsample=i > 0)
+            for i in range(len(widths)))
         self.norm_out = nn.GroupNorm(groups, widths[0], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
 
@@ -167,7 +198,7 @@ class Decoder(nn.Module):
 
 
 class Autoencoder(nn.Module):
-    """Both halves with the affine map that gives latents unit variance."""
+    """Encoder and decoder, with the affine map between the encoder's mean and the latents."""
 
     def __init__(self, config: AutoencoderConfig = AutoencoderConfig()):
         super().__init__()
@@ -175,11 +206,11 @@ class Autoencoder(nn.Module):
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
 
-    def encode(self, picture: Tensor) -> Tensor:
-        """(B, 3, H, W) in [-1, 1] -> z (B, 16, H/8, W/8), the posterior's mean."""
-        mean, _log_variance = self.encoder(picture).chunk(2, dim=1)
+    def encode(self, image: Tensor) -> Tensor:
+        """Image (B, 3, H, W) in [-1, 1] -> z (B, 16, H/8, W/8), the mean of the posterior."""
+        mean, _log_variance = self.encoder(image).chunk(2, dim=1)
         return (mean - self.config.shift_factor) * self.config.scale_factor
 
     def decode(self, z: Tensor) -> Tensor:
-        """z (B, 16, h, w) -> (B, 3, 8h, 8w), mostly in [-1, 1]."""
+        """z (B, 16, h, w) -> image (B, 3, 8h, 8w), mostly in [-1, 1]."""
         return self.decoder(z / self.config.scale_factor + self.config.shift_factor)

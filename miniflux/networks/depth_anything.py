@@ -1,15 +1,18 @@
-"""Depth Anything: a picture -> how near each of its pixels is (Yang et al. 2024, arXiv:2401.10891; V2: arXiv:2406.09414).
+"""Depth Anything: an image -> the depth of each pixel (Yang et al. 2024, arXiv:2401.10891;
+version 2: arXiv:2406.09414).
 
-    backbone    DINOv2, a vision transformer (Oquab et al. 2023, arXiv:2304.07193): patches -> four maps of features
-    neck        DPT (Ranftl et al. 2021, arXiv:2103.13413): the maps at 4, 2, 1 and 1/2 times the patches' resolution, fused
-                from the coarsest to the finest
-    head        convolutions to one number a pixel
+    backbone    DINOv2, a vision transformer (Oquab et al. 2023, arXiv:2304.07193):
+                patches -> four feature maps
+    neck        DPT (Ranftl et al. 2021, arXiv:2103.13413): resizes the maps to 4, 2, 1 and 1/2
+                times the resolution of the patches, and fuses them from coarse to fine
+    head        convolutions -> one number per pixel
 
-A *relative* model tells nearness (larger is nearer, in no unit), a *metric* one the distance in metres. The transformer's layers
-are CLIP's, with a learned scale on what each adds.
+A *relative* model predicts inverse depth (larger is nearer, no unit); a *metric* model predicts
+the distance in metres. The transformer layers are CLIP's, with a learned scale on each residual
+branch.
 
-Attributes are named like the tensors of `LiheYoung/depth-anything-large-hf`, those within a transformer layer like CLIP's.
-Reference: transformers' `DepthAnythingForDepthEstimation`.
+Attributes are named like the tensors of `LiheYoung/depth-anything-large-hf`; within a transformer
+layer, like CLIP's. Reference: transformers' `DepthAnythingForDepthEstimation`.
 """
 
 from collections import OrderedDict
@@ -24,54 +27,66 @@ from .clip import CLIPLayer
 
 @dataclass(frozen=True)
 class DepthAnythingConfig:
-    """Sizes; the defaults are those of the large model (335,315,649 parameters with an unused mask token)."""
+    """Sizes of the network; the defaults are those of the large model.
+
+    They make 335,315,649 parameters, with a mask token that is not used here."""
 
     hidden_size: int = 1024
     intermediate_size: int = 4096
     num_hidden_layers: int = 24
     num_attention_heads: int = 16
-    image_size: int = 518                                   # whose grid of patches has a learned position each
+    image_size: int = 518                               # size of the position table, in pixels
     patch_size: int = 14
     layer_norm_eps: float = 1e-6
     hidden_act: str = "gelu"
-    out_indices: tuple[int, ...] = (21, 22, 23, 24)         # the layers, from 1, whose outputs the neck reads; V2: 5, 12, 18, 24
+    out_indices: tuple[int, ...] = (21, 22, 23, 24)     # layers, from 1, whose outputs the neck
+                                                        # takes; version 2: 5, 12, 18, 24
     neck_hidden_sizes: tuple[int, ...] = (256, 512, 1024, 1024)
     fusion_hidden_size: int = 256
     head_hidden_size: int = 32
-    metric: bool = False                                    # distance instead of nearness
-    max_depth: float = 1.0                                  # what the last activation is multiplied by
+    metric: bool = False                                # predicts distance, not inverse depth
+    max_depth: float = 1.0                              # multiplies the last activation
 
 
 class PatchEmbeddings(nn.Module):
-    """(B, 3, H, W) -> a class token and one vector a patch, each with that of its place: (B, 1 + N, hidden)."""
+    """Images (B, 3, H, W) -> a class token and one token per patch: (B, 1 + N, hidden).
+
+    A learned position is added to each."""
 
     def __init__(self, config):
         super().__init__()
         width, patch = config.hidden_size, config.patch_size
+        patches = (config.image_size // patch) ** 2
+        projection = nn.Conv2d(3, width, patch, stride=patch)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
-        self.position_embeddings = nn.Parameter(torch.zeros(1, 1 + (config.image_size // patch) ** 2, width))
-        self.patch_embeddings = nn.ModuleDict({"projection": nn.Conv2d(3, width, patch, stride=patch)})
+        self.position_embeddings = nn.Parameter(torch.zeros(1, 1 + patches, width))
+        self.patch_embeddings = nn.ModuleDict({"projection": projection})
 
-    def forward(self, pictures: Tensor) -> Tensor:
-        # Note: the convolution drops the rows and columns that are left over.
-        x = self.patch_embeddings["projection"](pictures)                       # (B, hidden, h, w)
-        positions = self.positions(*x.shape[-2:])
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x.flatten(2).transpose(1, 2)], dim=1)
+    def forward(self, images: Tensor) -> Tensor:
+        # Note: the convolution drops the rows and columns that do not fill a patch.
+        x = self.patch_embeddings["projection"](images)                         # (B, hidden, h, w)
+        positions = self.positions(*x.shape[-2:])                               # (1, 1+h·w, hidden)
+        x = x.flatten(2).transpose(1, 2)                                        # (B, N, hidden)
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)        # (B, 1+N, hidden)
         return x + positions
 
     def positions(self, h: int, w: int) -> Tensor:
-        """The table (1, 1 + h·w, hidden), stretched from its own square grid to h x w patches."""
+        """The table (1, 1 + h·w, hidden), resized from its own square grid to h x w patches."""
         table = self.position_embeddings
         side = round((table.shape[1] - 1) ** 0.5)
         if (h, w) == (side, side):
             return table
         # Note: in float32, as half precision shifts the positions.
-        grid = table[:, 1:].float().unflatten(1, (side, side)).permute(0, 3, 1, 2)
+        grid = table[:, 1:].float().unflatten(1, (side, side))
+        grid = grid.permute(0, 3, 1, 2)                                         # (1, hidden, ·, ·)
         grid = F.interpolate(grid, size=(h, w), mode="bicubic", align_corners=False)
-        return torch.cat([table[:, :1], grid.flatten(2).transpose(1, 2).to(table.dtype)], dim=1)
+        grid = grid.flatten(2).transpose(1, 2).to(table.dtype)                  # (1, h·w, hidden)
+        return torch.cat([table[:, :1], grid], dim=1)
 
 
 class LayerScale(nn.Module):
+    """x * λ, one learned λ per channel."""
+
     def __init__(self, width: int):
         super().__init__()
         self.lambda1 = nn.Parameter(torch.ones(width))
@@ -81,7 +96,7 @@ class LayerScale(nn.Module):
 
 
 class DINOLayer(CLIPLayer):
-    """x + λ1 · attention(norm(x)), then x + λ2 · MLP(norm(x))."""
+    """x + λ1 * attention(norm(x)), then x + λ2 * mlp(norm(x))."""
 
     def __init__(self, config: DepthAnythingConfig):
         super().__init__(config)
@@ -94,34 +109,48 @@ class DINOLayer(CLIPLayer):
 
 
 class DINOv2(nn.Module):
-    """(B, 3, H, W) -> the features after each layer of out_indices, normalised: maps (B, hidden, h, w)."""
+    """Images (B, 3, H, W) -> feature maps (B, hidden, h, w), one for each layer of out_indices."""
 
     def __init__(self, config: DepthAnythingConfig):
         super().__init__()
         self.config = config
         self.embeddings = PatchEmbeddings(config)
-        self.encoder = nn.ModuleDict({"layers": nn.ModuleList(DINOLayer(config) for _ in range(config.num_hidden_layers))})
+        layers = nn.ModuleList(DINOLayer(config) for _ in range(config.num_hidden_layers))
+        self.encoder = nn.ModuleDict({"layers": layers})
         self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
-    def forward(self, pictures: Tensor) -> list[Tensor]:
-        x, maps = self.embeddings(pictures), []
-        grid = [side // self.config.patch_size for side in pictures.shape[-2:]]
+    def forward(self, images: Tensor) -> list[Tensor]:
+        grid = [side // self.config.patch_size for side in images.shape[-2:]]   # h, w in patches
+        maps = []
+        x = self.embeddings(images)                                             # (B, 1+N, hidden)
         for i, layer in enumerate(self.encoder["layers"], start=1):
-            x = layer(x)                                                        # (B, 1 + N, hidden)
+            x = layer(x)                                                        # (B, 1+N, hidden)
             if i in self.config.out_indices:
-                # Note: every map goes through the one final norm, and the class token is left out.
-                maps.append(self.layernorm(x)[:, 1:].transpose(1, 2).unflatten(2, grid))  # (B, hidden, h, w)
+                # Note: every map goes through the same final norm; the class token is left out.
+                patches = self.layernorm(x)[:, 1:]                              # (B, N, hidden)
+                maps.append(patches.transpose(1, 2).unflatten(2, grid))         # (B, hidden, h, w)
         return maps
 
 
 def reassemble(width: int, channels: int, level: int) -> nn.Sequential:
-    """A map of the backbone -> (B, channels, ·, ·) at 4, 2, 1 or 1/2 times its resolution."""
-    resize = (lambda: nn.ConvTranspose2d(channels, channels, 4, stride=4), lambda: nn.ConvTranspose2d(channels, channels, 2, stride=2),
-              nn.Identity, lambda: nn.Conv2d(channels, channels, 3, stride=2, padding=1))[level]
-    return nn.Sequential(OrderedDict(projection=nn.Conv2d(width, channels, 1), resize=resize()))
+    """A feature map (B, width, h, w) -> (B, channels, ·, ·), resized by the level's factor.
+
+    level: 0 for 4 times the resolution, 1 for twice, 2 for the same, 3 for half."""
+    if level == 0:
+        resize = nn.ConvTranspose2d(channels, channels, 4, stride=4)
+    elif level == 1:
+        resize = nn.ConvTranspose2d(channels, channels, 2, stride=2)
+    elif level == 2:
+        resize = nn.Identity()
+    else:
+        resize = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+    projection = nn.Conv2d(width, channels, 1)
+    return nn.Sequential(OrderedDict(projection=projection, resize=resize))
 
 
 class ResidualUnit(nn.Module):
+    """x + conv(relu(conv(relu(x)))): (B, C, h, w) -> (B, C, h, w)."""
+
     def __init__(self, width: int):
         super().__init__()
         self.convolution1 = nn.Conv2d(width, width, 3, padding=1)
@@ -132,7 +161,11 @@ class ResidualUnit(nn.Module):
 
 
 class Fusion(nn.Module):
-    """What came from the coarser levels, plus a level, enlarged to `size`."""
+    """Adds a level to the sum of the coarser levels, and resizes the result.
+
+    coarser: the sum so far (B, C, h, w); None for the coarsest level.
+    level: the map to add (B, C, h, w).
+    size: height and width of the result."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -141,26 +174,35 @@ class Fusion(nn.Module):
         self.residual_layer2 = ResidualUnit(width)
 
     def forward(self, coarser: Tensor | None, level: Tensor, size: tuple[int, int]) -> Tensor:
-        # Note: the coarsest level is taken as it is; the weights of its residual_layer1 are never used.
-        x = self.residual_layer2(level if coarser is None else coarser + self.residual_layer1(level))
-        return self.projection(F.interpolate(x, size=size, mode="bilinear", align_corners=True))
+        if coarser is None:
+            # Note: the weights of the coarsest level's residual_layer1 are never used.
+            x = level
+        else:
+            x = coarser + self.residual_layer1(level)
+        x = self.residual_layer2(x)
+        x = F.interpolate(x, size=size, mode="bilinear", align_corners=True)    # (B, C, *size)
+        return self.projection(x)
 
 
 class DPTNeck(nn.Module):
-    """Four maps (B, hidden, h, w) -> one (B, fusion, 8h, 8w)."""
+    """Four feature maps (B, hidden, h, w) -> one (B, fusion, 8h, 8w)."""
 
     def __init__(self, config: DepthAnythingConfig):
         super().__init__()
         sizes, width = config.neck_hidden_sizes, config.fusion_hidden_size
-        self.reassemble_stage = nn.ModuleDict({"layers": nn.ModuleList(
-            reassemble(config.hidden_size, channels, level) for level, channels in enumerate(sizes))})
-        self.convs = nn.ModuleList(nn.Conv2d(channels, width, 3, padding=1, bias=False) for channels in sizes)
+        stages = nn.ModuleList(
+            reassemble(config.hidden_size, channels, level) for level, channels in enumerate(sizes))
+        self.reassemble_stage = nn.ModuleDict({"layers": stages})
+        self.convs = nn.ModuleList(
+            nn.Conv2d(channels, width, 3, padding=1, bias=False) for channels in sizes)
         self.fusion_stage = nn.ModuleDict({"layers": nn.ModuleList(Fusion(width) for _ in sizes)})
 
     def forward(self, maps: list[Tensor]) -> Tensor:
-        levels = [conv(layer(x)) for conv, layer, x in zip(self.convs, self.reassemble_stage["layers"], maps)]
+        stages = zip(self.convs, self.reassemble_stage["layers"], maps)
+        levels = [conv(layer(x)) for conv, layer, x in stages]
         h, w = levels[0].shape[-2:]
-        sizes = [(2 * h, 2 * w), *(level.shape[-2:] for level in levels)]       # the finest is enlarged twice
+        # Each sum is resized to the next finer level, the last one to twice the finest.
+        sizes = [(2 * h, 2 * w), *(level.shape[-2:] for level in levels)]
         x = None
         for i, fusion in enumerate(self.fusion_stage["layers"], start=1):
             x = fusion(x, levels[-i], sizes[-1 - i])
@@ -168,7 +210,7 @@ class DPTNeck(nn.Module):
 
 
 class DepthHead(nn.Module):
-    """(B, fusion, ·, ·) -> (B, H, W), which is not negative."""
+    """A feature map (B, fusion, ·, ·) -> depth (B, H, W), never negative."""
 
     def __init__(self, config: DepthAnythingConfig):
         super().__init__()
@@ -181,11 +223,14 @@ class DepthHead(nn.Module):
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         x = F.interpolate(self.conv1(x), size=size, mode="bilinear", align_corners=True)
         x = self.conv3(F.relu(self.conv2(x)))[:, 0]                             # (B, H, W)
-        return (x.sigmoid() if self.config.metric else F.relu(x)) * self.config.max_depth
+        x = x.sigmoid() if self.config.metric else F.relu(x)
+        return x * self.config.max_depth
 
 
 class DepthAnything(nn.Module):
-    """Pictures (B, 3, H, W) -> (B, H', W'), nearness or distance; H' and W' are H and W rounded down to whole patches."""
+    """Images (B, 3, H, W) -> inverse depth, or distance in metres: (B, H', W').
+
+    H' and W' are H and W rounded down to whole patches."""
 
     def __init__(self, config: DepthAnythingConfig = DepthAnythingConfig()):
         super().__init__()
@@ -194,7 +239,7 @@ class DepthAnything(nn.Module):
         self.neck = DPTNeck(config)
         self.head = DepthHead(config)
 
-    def forward(self, pictures: Tensor) -> Tensor:
+    def forward(self, images: Tensor) -> Tensor:
         patch = self.config.patch_size
-        size = tuple(side // patch * patch for side in pictures.shape[-2:])
-        return self.head(self.neck(self.backbone(pictures)), size)              # (B, H', W')
+        size = tuple(side // patch * patch for side in images.shape[-2:])
+        return self.head(self.neck(self.backbone(images)), size)                # (B, H', W')

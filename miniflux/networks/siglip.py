@@ -1,12 +1,14 @@
-"""SigLIP's vision tower, and Redux's embedder on top of it: a picture -> text tokens.
+"""SigLIP's vision tower, and Redux's embedder on top of it: an image -> text tokens.
 
-    tokens = redux_down(silu(redux_up(SigLIP(picture))))
+    tokens = redux_down(silu(redux_up(SigLIP(image))))
 
-The picture is cut into patches, which a transformer without a mask reads (Zhai et al. 2023, arXiv:2303.15343); the embedder maps
-them to the width of T5's tokens. The layers are CLIP's, with another activation.
+The image is cut into patches, which go through a transformer without a mask (Zhai et al. 2023,
+arXiv:2303.15343); the embedder maps the results to the width of T5's tokens. The layers are
+CLIP's, with another activation.
 
-Attributes are named like the tensors of `google/siglip-so400m-patch14-384` and of `flux1-redux-dev.safetensors`. Reference:
-transformers' `SiglipVisionModel`; `src/flux/modules/image_embedders.py` of the original repository.
+Attributes are named like the tensors of `google/siglip-so400m-patch14-384` and of
+`flux1-redux-dev.safetensors`. Reference: transformers' `SiglipVisionModel`;
+`src/flux/modules/image_embedders.py` of the original repository.
 """
 
 from dataclasses import dataclass
@@ -19,7 +21,9 @@ from .clip import CLIPEncoder
 
 @dataclass(frozen=True)
 class SigLIPConfig:
-    """Sizes of the vision tower; the defaults are so400m-patch14-384's (413 million parameters without its unused head)."""
+    """Sizes of the vision tower; the defaults are so400m-patch14-384's.
+
+    They make 413 million parameters, without its pooling head, which is not used here."""
 
     hidden_size: int = 1152
     intermediate_size: int = 4304
@@ -37,49 +41,55 @@ class SigLIPConfig:
 
 
 class SigLIPEmbeddings(nn.Module):
-    """(B, 3, S, S) in [-1, 1] -> one vector a patch, plus that of its place: (B, N, hidden)."""
+    """Images (B, 3, S, S) in [-1, 1] -> for each patch its vector plus that of its position."""
 
     def __init__(self, config: SigLIPConfig):
         super().__init__()
-        self.patch_embedding = nn.Conv2d(3, config.hidden_size, config.patch_size, stride=config.patch_size)
-        self.position_embedding = nn.Embedding(config.num_patches, config.hidden_size)
+        width, patch = config.hidden_size, config.patch_size
+        self.patch_embedding = nn.Conv2d(3, width, patch, stride=patch)
+        self.position_embedding = nn.Embedding(config.num_patches, width)
 
-    def forward(self, pictures: Tensor) -> Tensor:
-        x = self.patch_embedding(pictures).flatten(2).transpose(1, 2)           # (B, N, hidden)
-        return x + self.position_embedding.weight
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.patch_embedding(images).flatten(2).transpose(1, 2)           # (B, N, hidden)
+        return x + self.position_embedding.weight                               # (B, N, hidden)
 
 
 class SigLIPTransformer(nn.Module):
+    """Images (B, 3, S, S) in [-1, 1] -> patch tokens (B, N, hidden)."""
+
     def __init__(self, config: SigLIPConfig):
         super().__init__()
         self.embeddings = SigLIPEmbeddings(config)
         self.encoder = CLIPEncoder(config)
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
-    def forward(self, pictures: Tensor) -> Tensor:
-        return self.post_layernorm(self.encoder(self.embeddings(pictures), is_causal=False))
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.embeddings(images)                                             # (B, N, hidden)
+        return self.post_layernorm(self.encoder(x, is_causal=False))
 
 
 class SigLIP(nn.Module):
-    """Pictures (B, 3, S, S) in [-1, 1], S = image_size -> patch tokens (B, N, hidden)."""
+    """Images (B, 3, S, S) in [-1, 1], S = image_size -> patch tokens (B, N, hidden)."""
 
     def __init__(self, config: SigLIPConfig = SigLIPConfig()):
         super().__init__()
         self.config = config
         self.vision_model = SigLIPTransformer(config)
 
-    def forward(self, pictures: Tensor) -> Tensor:
-        return self.vision_model(pictures)                                      # (B, N, hidden)
+    def forward(self, images: Tensor) -> Tensor:
+        return self.vision_model(images)                                      # (B, N, hidden)
 
 
 @dataclass(frozen=True)
 class ReduxConfig:
+    """Sizes of Redux's embedder; the defaults are the official one's (64,503,808 parameters)."""
+
     redux_dim: int = 1152              # width of SigLIP's tokens
     txt_in_features: int = 4096        # width of T5's tokens
 
 
 class ReduxEmbedder(nn.Module):
-    """(B, N, redux_dim) -> (B, N, txt_in_features); 64,503,808 parameters in the official sizes."""
+    """SigLIP's tokens (B, N, redux_dim) -> text tokens (B, N, txt_in_features)."""
 
     def __init__(self, config: ReduxConfig = ReduxConfig()):
         super().__init__()
@@ -88,4 +98,4 @@ class ReduxEmbedder(nn.Module):
         self.redux_down = nn.Linear(3 * config.txt_in_features, config.txt_in_features)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.redux_down(F.silu(self.redux_up(x)))
+        return self.redux_down(F.silu(self.redux_up(x)))                        # (B, N, txt_in)

@@ -1,10 +1,11 @@
-"""The T5 encoder: a prompt -> one vector a token.
+"""The T5 encoder: a prompt -> one vector per token.
 
-A bidirectional transformer without position embeddings: the attention scores get a learned bias that depends on the
-distance of two tokens, in logarithmic buckets (Raffel et al. 2019, arXiv:1910.10683; v1.1 with gated GELU). FLUX feeds
-its output to the MMDiT as the text stream.
+A bidirectional transformer without position embeddings. Instead, a learned bias is added to the
+attention scores; it depends on the distance between two tokens, in logarithmic buckets (Raffel et
+al. 2019, arXiv:1910.10683; version 1.1, with a gated GELU). Its output is the MMDiT's text stream.
 
-Attributes are named like the tensors of `google/t5-v1_1-xxl`. Reference: transformers' `T5EncoderModel`.
+Attributes are named like the tensors of `google/t5-v1_1-xxl`. Reference: transformers'
+`T5EncoderModel`.
 """
 
 import math
@@ -19,19 +20,22 @@ from torch import Tensor, nn
 class T5Config:
     """Sizes of the encoder; the defaults are T5 v1.1 XXL's (4,762,310,656 parameters)."""
 
-    d_model: int = 4096
-    d_kv: int = 64
-    d_ff: int = 10240
+    d_model: int = 4096                # width of a token
+    d_kv: int = 64                     # width of a head
+    d_ff: int = 10240                  # width inside the MLP
     num_layers: int = 24
     num_heads: int = 64
     vocab_size: int = 32128
-    num_buckets: int = 32
-    max_distance: int = 128
+    num_buckets: int = 32              # of distances, for the bias of the attention scores
+    max_distance: int = 128            # from here on, all distances share a bucket
 
 
-def relative_position_bucket(distance: Tensor, num_buckets: int = 32, max_distance: int = 128) -> Tensor:
-    """Distances key - query -> buckets: half of them for keys to the right; of each half, half are exact, the rest grow
-    logarithmically up to max_distance.
+def relative_position_bucket(distance: Tensor, num_buckets: int = 32,
+                             max_distance: int = 128) -> Tensor:
+    """The bucket of each distance (key's position - query's position), of any shape.
+
+    The second half of the buckets is for keys to the right of the query. In each half, the first
+    half of the buckets holds one distance each; the others grow logarithmically to max_distance.
 
     >>> relative_position_bucket(torch.tensor([-200, -9, -1, 0, 1, 8, 64])).tolist()
     [15, 8, 1, 0, 17, 24, 30]
@@ -39,14 +43,16 @@ def relative_position_bucket(distance: Tensor, num_buckets: int = 32, max_distan
     half = num_buckets // 2
     exact = half // 2
     n = distance.abs()
-    # Note: float32 in this order of operations, or exact powers of two land in the neighbouring bucket.
-    log = torch.log(n.clamp(min=1).float() / exact) / math.log(max_distance / exact) * (half - exact)
+    # Note: float32, and in this order of operations; otherwise exact powers of two fall into the
+    # neighbouring bucket.
+    log = torch.log(n.clamp(min=1).float() / exact) / math.log(max_distance / exact)
+    log = log * (half - exact)
     far = (exact + log.long()).clamp(max=half - 1)
     return half * (distance > 0) + torch.where(n < exact, n, far)
 
 
 def clamp_fp16(x: Tensor) -> Tensor:
-    """T5's outliers overflow float16: pull them in, further if something is already infinite."""
+    """Clamps T5's outliers, which overflow float16; more tightly if one is infinite already."""
     if x.dtype != torch.float16:
         return x
     limit = torch.where(x.isinf().any(), 64504.0, 65504.0)
@@ -84,17 +90,23 @@ class T5Attention(nn.Module):
 
     def compute_bias(self, length: int) -> Tensor:
         position = torch.arange(length, device=self.relative_attention_bias.weight.device)
-        bucket = relative_position_bucket(position[None] - position[:, None], *self.buckets)  # (S, S), key - query
+        distance = position[None, :] - position[:, None]                        # key - query (S, S)
+        bucket = relative_position_bucket(distance, *self.buckets)              # (S, S)
         return self.relative_attention_bias(bucket).permute(2, 0, 1)[None]      # (1, H, S, S)
 
+    def split_heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)            # (B, H, S, D)
+
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:
-        q, k, v = (f(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        q = self.split_heads(self.q(x))
+        k = self.split_heads(self.k(x))
+        v = self.split_heads(self.v(x))
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)  # (B, H, S, D)
         return self.o(x.transpose(1, 2).flatten(2))                             # (B, S, d_model)
 
 
 class T5FF(nn.Module):
-    """wo(gelu(wi_0 x) · wi_1 x)."""
+    """wo(gelu(wi_0(x)) * wi_1(x))"""
 
     def __init__(self, config: T5Config):
         super().__init__()
@@ -103,17 +115,21 @@ class T5FF(nn.Module):
         self.wo = nn.Linear(config.d_ff, config.d_model, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = F.gelu(self.wi_0(x), approximate="tanh"), self.wi_1(x)
+        gate = F.gelu(self.wi_0(x), approximate="tanh")                         # (B, S, d_ff)
+        up = self.wi_1(x)                                                       # (B, S, d_ff)
         if x.dtype != torch.float16:
-            return self.wo(gate * up)
-        # Note: the product is too large for float16, and a sum of infinities may be no number at all. So it is made in float32, and each
-        # token is brought into range for wo, and back.
-        h = gate.float() * up.float()                                           # (B, S, d_ff)
-        scale = (h.abs().amax(dim=-1, keepdim=True) / 1024).clamp(min=1)
-        return (self.wo((h / scale).to(x.dtype)).float() * scale).to(x.dtype)
+            return self.wo(gate * up)                                           # (B, S, d_model)
+        # Note: the product overflows float16, and sums of infinities may be NaN. So it is computed
+        # in float32; each token is scaled down for wo, and its result is scaled up again.
+        product = gate.float() * up.float()                                     # (B, S, d_ff)
+        scale = (product.abs().amax(dim=-1, keepdim=True) / 1024).clamp(min=1)  # (B, S, 1)
+        y = self.wo((product / scale).to(x.dtype))                              # (B, S, d_model)
+        return (y.float() * scale).to(x.dtype)
 
 
 class T5LayerSelfAttention(nn.Module):
+    """x + attention(norm(x))"""
+
     def __init__(self, config: T5Config, has_relative_attention_bias: bool):
         super().__init__()
         self.SelfAttention = T5Attention(config, has_relative_attention_bias)
@@ -124,6 +140,8 @@ class T5LayerSelfAttention(nn.Module):
 
 
 class T5LayerFF(nn.Module):
+    """x + mlp(norm(x))"""
+
     def __init__(self, config: T5Config):
         super().__init__()
         self.DenseReluDense = T5FF(config)
@@ -134,9 +152,12 @@ class T5LayerFF(nn.Module):
 
 
 class T5Block(nn.Module):
+    """Attention, then MLP: (B, S, d_model) -> (B, S, d_model)."""
+
     def __init__(self, config: T5Config, has_relative_attention_bias: bool):
         super().__init__()
-        self.layer = nn.ModuleList([T5LayerSelfAttention(config, has_relative_attention_bias), T5LayerFF(config)])
+        attention = T5LayerSelfAttention(config, has_relative_attention_bias)
+        self.layer = nn.ModuleList([attention, T5LayerFF(config)])
 
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:
         attention, feed_forward = self.layer
@@ -144,13 +165,16 @@ class T5Block(nn.Module):
 
 
 class T5Stack(nn.Module):
+    """All blocks and the last norm: (B, S, d_model) -> (B, S, d_model)."""
+
     def __init__(self, config: T5Config):
         super().__init__()
-        self.block = nn.ModuleList(T5Block(config, has_relative_attention_bias=i == 0) for i in range(config.num_layers))
+        self.block = nn.ModuleList(
+            T5Block(config, has_relative_attention_bias=i == 0) for i in range(config.num_layers))
         self.final_layer_norm = T5LayerNorm(config.d_model)
 
     def forward(self, x: Tensor) -> Tensor:
-        # Note: only the first block owns a table; its bias serves all blocks.
+        # Note: only the first block has a table; all blocks add the same bias.
         bias = self.block[0].layer[0].SelfAttention.compute_bias(x.shape[1])
         for block in self.block:
             x = block(x, bias)
@@ -167,5 +191,5 @@ class T5(nn.Module):
         self.encoder = T5Stack(config)
 
     def forward(self, ids: Tensor) -> Tensor:
-        # Note: no mask: FLUX attends to padding, and a mask changes its pictures.
+        # Note: no mask: FLUX attends to padding, and a mask would change its images.
         return self.encoder(self.shared(ids))                                   # (B, S, d_model)

@@ -1,10 +1,12 @@
-"""A vision transformer that sorts pictures: a picture -> one score for each of its labels.
+"""A vision transformer that classifies images: an image -> one logit per label.
 
-The picture's patches and a class token go through CLIP's layers; a linear layer reads the class token (Dosovitskiy et al. 2020,
-arXiv:2010.11929). The original repository's filter is one: `Falconsai/nsfw_image_detection`, with the labels normal and nsfw.
+The image's patches and a class token go through transformer layers, which are CLIP's; a linear
+layer maps the class token to the logits (Dosovitskiy et al. 2020, arXiv:2010.11929). The safety
+filter of the original repository is one: `Falconsai/nsfw_image_detection`, with the labels normal
+and nsfw.
 
-Attributes are named like the tensors of that checkpoint, those within a transformer layer like CLIP's. Reference: transformers'
-`ViTForImageClassification`.
+Attributes are named like the tensors of that checkpoint; within a transformer layer, like CLIP's.
+Reference: transformers' `ViTForImageClassification`.
 """
 
 from dataclasses import dataclass
@@ -17,7 +19,7 @@ from .depth_anything import PatchEmbeddings
 
 @dataclass(frozen=True)
 class ViTConfig:
-    """Sizes; the defaults are ViT-B/16's (85,800,194 parameters with two labels)."""
+    """Sizes of the network; the defaults are ViT-B/16's (85,800,194 parameters, two labels)."""
 
     hidden_size: int = 768
     intermediate_size: int = 3072
@@ -31,18 +33,21 @@ class ViTConfig:
 
 
 class ViT(nn.Module):
+    """Images (B, 3, S, S) -> the class token, then one token per patch: (B, 1 + N, hidden)."""
+
     def __init__(self, config: ViTConfig):
         super().__init__()
         self.embeddings = PatchEmbeddings(config)
         self.encoder = CLIPEncoder(config)
         self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
-    def forward(self, pictures: Tensor) -> Tensor:
-        return self.layernorm(self.encoder(self.embeddings(pictures), is_causal=False))
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.embeddings(images)                                             # (B, 1+N, hidden)
+        return self.layernorm(self.encoder(x, is_causal=False))
 
 
 class ViTClassifier(nn.Module):
-    """Pictures (B, 3, S, S) in [-1, 1], S = image_size -> logits (B, labels)."""
+    """Images (B, 3, S, S) in [-1, 1], S = image_size -> logits (B, labels)."""
 
     def __init__(self, config: ViTConfig = ViTConfig()):
         super().__init__()
@@ -50,5 +55,5 @@ class ViTClassifier(nn.Module):
         self.vit = ViT(config)
         self.classifier = nn.Linear(config.hidden_size, len(config.labels))
 
-    def forward(self, pictures: Tensor) -> Tensor:
-        return self.classifier(self.vit(pictures)[:, 0])                        # (B, labels)
+    def forward(self, images: Tensor) -> Tensor:
+        return self.classifier(self.vit(images)[:, 0])                        # (B, labels)

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlavaConfig, LlavaForConditionalGeneration, MistralConfig, PixtralVisionConfig
 
 from miniflux.checkpoints.vision import PIXTRAL_NAMES, load_pixtral, rename
-from miniflux.networks.pixtral import Pixtral, neighbours
+from miniflux.networks.pixtral import Pixtral, interleave_halves
 from miniflux.tokenizers.pixtral import PATTERN, PixtralTokenizer, split
 
 IMG = CONTROL.index("[IMG]")
@@ -66,7 +66,7 @@ def test_the_official_sizes_are_those_of_pixtral_12b():
 
 
 def test_neighbours_pairs_the_halves():
-    assert neighbours(torch.tensor([0, 1, 2, 3, 4, 5])).tolist() == [0, 3, 1, 4, 2, 5]
+    assert interleave_halves(torch.tensor([0, 1, 2, 3, 4, 5])).tolist() == [0, 3, 1, 4, 2, 5]
 
 
 def test_rows_and_columns_are_told_apart(tmp_path):
