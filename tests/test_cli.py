@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from miniflux import add_lora, bench, cli, generate, images, load, quantize
+from miniflux import add_lora, cli, generate, images, load, quantize
 from miniflux.command import command
 
 
@@ -348,13 +348,3 @@ def test_the_command_runs_without_a_warning(folder, tmp_path):
                "--height", "16", "--output", "owl.png"]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0 and result.stderr == "" and Path(tmp_path / "owl.png").is_file()
-
-
-def test_a_benchmark_without_the_libraries_it_compares_with_says_what_to_install(monkeypatch, capsys):
-    monkeypatch.setattr(bench, "find_spec", lambda name: None)
-    monkeypatch.setattr("sys.argv", ["bench", "lora", "offload", "int8"])
-    with pytest.raises(SystemExit) as stop:
-        bench.main()
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.count("\n") == 1
-    assert "offload, int8 compare with diffusers: `pip install diffusers transformers`, or name other tables" in error

@@ -17,10 +17,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from miniflux import Prompt, add_ip_adapter, add_lora, add_redux, generate, image_to_image, load, load_controlnet, redux
-from miniflux.bench_disk import bench_disk, write_random
 from miniflux.checkpoints import formats
 from miniflux.checkpoints.formats import read_safetensors
-from miniflux.checkpoints.layouts import load_mmdit
 from miniflux.checkpoints.packed import PackedLinear
 from miniflux.engine import offload as module
 from miniflux.engine.modulation import PrecomputedModulation
@@ -280,7 +278,6 @@ def test_too_little_disk_for_what_is_not_in_a_file_is_said_in_one_sentence(flux,
 MEASURE = """
 import json, re, sys, torch
 from pathlib import Path
-from miniflux.checkpoints.layouts import load_mmdit
 from miniflux.engine.offload import offload
 from miniflux.flux import Flux, FluxConfig
 from miniflux import Prompt, generate
@@ -334,17 +331,6 @@ def test_on_the_cpu_the_modulation_is_read_from_the_file_and_leaves_memory(twelv
     modulation = 2 * (16 * 3 + 8 * 3 + 2) * 768 * 768
     whole, rest = (resident(twelve_blocks, mode, "bfloat16") for mode in ("whole", "modulation"))
     assert all(0.9 * modulation < a - b < 1.1 * modulation for a, b in zip(whole, rest))
-
-
-def test_the_benchmarks_checkpoint_is_one_and_too_little_disk_for_it_is_said(tmp_path, monkeypatch):
-    with torch.device("meta"):
-        net = MMDiT(MMDiTConfig(context_in_dim=64, vec_in_dim=24, hidden_size=256, num_heads=2, depth=1, depth_single_blocks=1))
-    write_random(tmp_path / "flux1.safetensors", net)
-    loaded = load_mmdit(tmp_path / "flux1.safetensors")
-    assert all(p.dtype == torch.bfloat16 and p.isfinite().all() and p.abs().max() < 0.2 for p in loaded.parameters())
-    monkeypatch.setattr(formats.shutil, "disk_usage", lambda folder: types.SimpleNamespace(free=30e9))
-    with pytest.raises(SystemExit, match="the table disk writes 33 GB, and .* has 30 GB free: set TMPDIR"):
-        bench_disk("")
 
 
 # -------------------------------------------------------------------------------------------------------------- the rest
