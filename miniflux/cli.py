@@ -57,7 +57,7 @@ class Parser(command.Parser):
     """Of several processes, only the first to fail says why."""
 
     def error(self, message: str) -> NoReturn:
-        if not distributed.fails_first():
+        if not distributed.is_first_to_fail():
             self.exit(2)
         super().error(in_flags(self, message))
 
@@ -267,14 +267,14 @@ def run(p: Parser, paint: Callable, inputs: Callable[[Flux, argparse.Namespace],
     What can be checked is checked before the first step. The pictures are painted and saved one after the other (--batch at
     once), so that whatever happens later, or to one of them, costs no other."""
     args = p.parse_args(argv)
-    leads = distributed.leads()
+    leads = distributed.is_rank_zero()
     quiet = args.quiet or not leads
     logging.basicConfig(level=logging.ERROR if quiet else logging.INFO, format="%(message)s", stream=sys.stderr)
     written: list[Path] = []
     try:
-        device = distributed.start(args.device) if distributed.several() else args.device
+        device = distributed.start(args.device) if distributed.is_distributed() else args.device
         count = check_number("--num-images", args.num_images, 1, 1000, whole=True)
-        at_once = count if args.batch is None and distributed.several() else min(args.batch or 1, count)
+        at_once = count if args.batch is None and distributed.is_distributed() else min(args.batch or 1, count)
         check_number("--batch", 1 if args.batch is None else args.batch, 1, 1000, whole=True)
         output = check_output(args.output)
         paths = [number(output, i, count) for i in range(count)]
@@ -462,7 +462,7 @@ def adapt(flux: Flux, args: argparse.Namespace) -> Flux:
     if args.cache or args.cache_threshold is not None or args.cache_interval is not None:
         flux = cache(flux, args.cache or "first_block", threshold=args.cache_threshold, interval=args.cache_interval)
     flux = tile(flux, args.tile) if args.tile is not None else flux
-    return distributed.distribute(flux, args.shard) if args.shard or distributed.several() else flux
+    return distributed.distribute(flux, args.shard) if args.shard or distributed.is_distributed() else flux
 
 
 def asked(flux: Flux, args: argparse.Namespace, paint: Callable) -> dict:

@@ -183,7 +183,7 @@ def test_only_matrices_are_read_without_numbers_and_only_within(tmp_path):
 
 
 def test_what_fits_as_a_whole_is_loaded_as_a_whole(folder):
-    assert not hasattr(load(folder, device="cpu", fit=True).mmdit, "turns")
+    assert not hasattr(load(folder, device="cpu", fit=True).mmdit, "offloader")
 
 
 def test_what_does_not_fit_is_offloaded_and_paints_the_same_picture(folder, monkeypatch, caplog):
@@ -191,7 +191,7 @@ def test_what_does_not_fit_is_offloaded_and_paints_the_same_picture(folder, monk
     monkeypatch.setattr("miniflux.engine.offload.SMALL", 1000)
     with caplog.at_level(logging.INFO):
         fitted = load(folder, device="cpu", fit=True)
-    assert fitted.mmdit.turns.mode == "disk" and "disk, about" in caplog.text
+    assert fitted.mmdit.offloader.mode == "disk" and "disk, about" in caplog.text
     assert torch.equal(generate(fitted, "an owl", **SMALL), generate(load(folder, device="cpu"), "an owl", **SMALL))
 
 
@@ -207,7 +207,7 @@ plan.free_memory = lambda device: 1
 plan.without_numbers(sys.argv[1], torch.bfloat16)        # the meta device brings a compiler along
 before = kib("VmRSS")
 flux = load(sys.argv[1], device="cpu", dtype=torch.bfloat16, fit=True)
-assert flux.mmdit.turns.mode == "disk"
+assert flux.mmdit.offloader.mode == "disk"
 z = generate(flux, Prompt(torch.randn(1, 8, 64), torch.randn(1, 24)), width=64, height=64, steps=2, output="latents", progress=False)
 assert z.isfinite().all()
 print(json.dumps(1024 * (kib("VmHWM") - before)))
@@ -232,7 +232,7 @@ def test_with_a_device_of_its_own_the_first_way_that_fits_is_taken(folder, mode,
     need = MARGIN * expect(without_numbers(folder, torch.bfloat16), mode, None, 32, 32, prefetch=False).device + 1
     monkeypatch.setattr("miniflux.plan.free_memory", lambda device: need if device.type == "meta" else 1e9)
     fitted = load(folder, device="meta", dtype=torch.bfloat16, fit=True)
-    assert getattr(getattr(fitted.mmdit, "turns", None), "mode", "whole") == mode
+    assert getattr(getattr(fitted.mmdit, "offloader", None), "mode", "whole") == mode
 
 
 # ------------------------------------------------------------------------------------------------------------------ command

@@ -25,7 +25,8 @@ from torch import Tensor
 from ..flux import Flux
 from ..images import check_number
 from ..networks.mmdit import MMDiT, MMDiTInputs
-from .distributed import add_up
+from .distributed import all_reduce_sum
+from .features import check_order, mark
 from .wrapping import shallow_copy, wrap_forward, wrap_in_place
 
 METHODS: dict[str, dict] = {"first_block": {"threshold": 0.05}, "taylor": {"interval": 5, "warmup": 3, "order": 1}}
@@ -46,13 +47,11 @@ def cache(flux: Flux, method: str = "first_block", *, threshold: float | None = 
         raise ValueError(f"the cache {method!r} has no {min(unknown)}: expected {', '.join(METHODS[method])}")
     limits = {"threshold": (0, 10), "interval": (1, 1000), "warmup": (1, 1000), "order": (0, 10)}
     settings = {name: check_number(name, value, *limits[name], whole=name != "threshold") for name, value in settings.items()}
-    for feature in ("cached", "distributed"):
-        if hasattr(flux.mmdit, feature):
-            raise ValueError(f"this model is {feature} already: cache the model as it was before")
+    check_order(flux, "cached")
     if settings.get("threshold") == 0 or settings.get("interval") == 1:
         return flux
     mmdit = {"first_block": first_block, "taylor": taylor}[method](flux.mmdit, **settings)
-    mmdit.cached = method
+    mark(mmdit, "cached")
     return replace(flux, mmdit=mmdit)
 
 
@@ -111,7 +110,7 @@ class FirstBlock:
 
 def relative_change(now: Tensor, before: Tensor) -> float:
     """mean |now - before| / mean |before|; of the whole picture also where each process has a part of it."""
-    difference, size = add_up(torch.stack([x.abs().sum(dtype=torch.float32) for x in (now - before, before)])).tolist()
+    difference, size = all_reduce_sum(torch.stack([x.abs().sum(dtype=torch.float32) for x in (now - before, before)])).tolist()
     return difference / size if size else math.inf
 
 

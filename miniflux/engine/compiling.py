@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..flux import Flux
+from .features import check_order, mark
 from .wrapping import shallow_copy, wrap_in_place
 
 
@@ -25,9 +26,7 @@ def compile(flux: Flux, backend: str = "inductor") -> Flux:
     that is not there, and for a model that has a cache or is distributed: compile it before."""
     if not callable(backend) and backend not in torch.compiler.list_backends(exclude_tags=()):
         raise ValueError(f"there is no backend {backend!r} to compile with: expected one of {', '.join(torch.compiler.list_backends())}")
-    for feature in ("cached", "distributed", "compiled"):
-        if hasattr(flux.mmdit, feature):
-            raise ValueError(f"this model is {feature} already: compile the model as it was before")
+    check_order(flux, "compiled")
 
     def compiled(block: nn.Module) -> nn.Module:
         copied = shallow_copy(block)
@@ -37,7 +36,7 @@ def compile(flux: Flux, backend: str = "inductor") -> Flux:
 
     lists = {name: nn.ModuleList(map(compiled, getattr(flux.mmdit, name))) for name in ("double_blocks", "single_blocks")}
     mmdit = shallow_copy(flux.mmdit, **lists)
-    mmdit.compiled = True
+    mark(mmdit, "compiled")
     return replace(flux, mmdit=mmdit)
 
 

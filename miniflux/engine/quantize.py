@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from ..adapters.lora import LoRAs, with_loras
 from ..checkpoints.packed import BLOCK, FLOAT8, NF4, Packed, PackedLinear
 from ..flux import Flux
+from .features import check_order
 
 BLOCKS = {"mmdit": ("double_blocks.", "single_blocks."), "t5": ("encoder.block.",), "clip": ("text_model.encoder.",)}
 FEW = 16                   # rows below which the products in 8 bits do not pay, and CUDA's refuse
@@ -82,6 +83,7 @@ def quantize(flux: Flux, form: str, parts: tuple[str, ...] = ("mmdit", "t5")) ->
         raise ValueError(f"the format is {form!r}: expected one of {', '.join(FORMATS)}")
     if isinstance(parts, str) or not set(parts) <= set(BLOCKS):
         raise ValueError(f"parts are {parts!r:.60}: expected some of {', '.join(BLOCKS)}")
+    check_order(flux, "quantized")
     device = flux.mmdit.img_in.weight.device
     if form == "fp8-dynamic" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
         raise ValueError(f"{torch.cuda.get_device_name(device)} cannot multiply float8 numbers: use fp8, int8 or int8-dynamic")

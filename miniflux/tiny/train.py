@@ -59,7 +59,7 @@ def averaged(folder: Path) -> dict[str, Tensor]:
 
 def go_on_alone() -> None:
     """Ends all processes but the first: what is left is to write."""
-    if not distributed.leads():
+    if not distributed.is_rank_zero():
         raise SystemExit
 
 
@@ -155,7 +155,7 @@ def main(argv: list[str] | None = None) -> None:
         parser.error("--decoder-only keeps the encoder of a trained autoencoder: give --start, in the stage autoencoder")
     device = args.device
     try:
-        if distributed.several():
+        if distributed.is_distributed():
             device = distributed.start(device.type)
         if args.stage == "vocabulary":
             vocabulary.learn(args.work / "model", scenes)

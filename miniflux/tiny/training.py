@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..engine.distributed import leads, several
+from ..engine.distributed import is_distributed, is_rank_zero
 from ..images import save
 from .optimizers import make_optimizers
 from .scenes import contact_sheet
@@ -160,14 +160,14 @@ def train(net: nn.Module, loss_of: Callable[[torch.Generator], Tensor], folder: 
     state, log = folder / "state.safetensors", folder / "log.jsonl"
     optimizers = make_optimizers(net, lr)
     learnt = [p for p in net.parameters() if p.requires_grad]
-    rank, processes = (dist.get_rank(), dist.get_world_size()) if several() else (0, 1)
+    rank, processes = (dist.get_rank(), dist.get_world_size()) if is_distributed() else (0, 1)
     ema = {k: v.detach().clone() for k, v in net.state_dict().items()}
     step, seconds = load_state(state, net, ema, optimizers) if state.exists() else (0, 0.0)
     began, saved, losses = time.monotonic() - seconds, seconds, []
     counted = (step, seconds)                                  # where samples/s are counted from
     length = steps or 60 * minutes
     bar = tqdm(total=length, initial=step if steps else seconds, desc=folder.name, bar_format=BAR,
-               disable=None if leads() else True)
+               disable=None if is_rank_zero() else True)
 
     def keep(seconds: float, watch: bool) -> None:
         save_state(state, net, ema, optimizers, step, seconds)
@@ -207,7 +207,7 @@ def train(net: nn.Module, loss_of: Callable[[torch.Generator], Tensor], folder: 
                 mean, seconds = float(torch.stack(losses).mean()), time.monotonic() - began
                 speed = (step - counted[0]) * batch * processes / max(seconds - counted[1], 1e-9)
                 counted = (step, seconds)
-                if leads():
+                if is_rank_zero():
                     bar.set_postfix_str(f"loss {mean:.4f}, {speed:.1f} samples/s")
                     write_log(log, bar, step=step, seconds=round(seconds, 1), loss=mean,
                               samples=step * batch * processes, samples_per_s=round(speed, 2))
@@ -215,10 +215,10 @@ def train(net: nn.Module, loss_of: Callable[[torch.Generator], Tensor], folder: 
                     raise ValueError(f"the loss became {float(losses[-1])} at step {step}: "
                                      "lower the learning rate")
                 losses.clear()
-            if leads() and time.monotonic() - began - saved > 60 * save_minutes:
+            if is_rank_zero() and time.monotonic() - began - saved > 60 * save_minutes:
                 saved = time.monotonic() - began
                 keep(saved, watch=True)
-        if leads():
+        if is_rank_zero():
             keep(seconds, watch=not stop)
     if processes > 1:
         dist.barrier()                                       # none leaves before all have arrived

@@ -25,7 +25,7 @@ NUMBERS = ("lora", "int8", "ip")
 # What refuses what came before it: (first, second) -> a word of the sentence.
 REFUSED = {
     ("offload", "lora"): "offloaded", ("offload", "int8"): "offloaded", ("offload", "offload"): "offloaded already",
-    ("cache", "cache"): "cached already", ("cache", "compile"): "cached already",
+    ("cache", "cache"): "cached already",
     ("compile", "compile"): "compiled already",
 }
 

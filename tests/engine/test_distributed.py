@@ -132,7 +132,7 @@ def killed(path, shard=False):
 
 def main():
     scenario, path = sys.argv[1:]
-    assert distributed.several() and distributed.start() == torch.device("cpu")
+    assert distributed.is_distributed() and distributed.start() == torch.device("cpu")
     with torch.no_grad():
         {"pictures": pictures, "heads": heads, "killed": killed, "killed, sharded": partial(killed, shard=True)}[scenario](Path(path))
 

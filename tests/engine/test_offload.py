@@ -22,7 +22,9 @@ from miniflux.checkpoints.formats import read_safetensors
 from miniflux.checkpoints.packed import PackedLinear
 from miniflux.engine import offload as module
 from miniflux.engine.modulation import PrecomputedModulation
-from miniflux.engine.offload import MODES, Turns, change_networks, is_within, mapped_ranges, offload, slots, takers
+from miniflux.engine.offload import MODES, Offloader, change_networks, offload, offload_units, slots
+from miniflux.engine.pages import is_within, mapped_ranges
+from miniflux.engine.wrapping import wrap_in_place
 from miniflux.engine.quantize import quantize
 from miniflux.engine.tiling import tile
 from miniflux.flux import Flux, FluxConfig
@@ -51,7 +53,7 @@ def in_proportion(monkeypatch):
 def networks(flux):
     found = []
     change_networks(flux, lambda network: found.append(network) or network)
-    return [*found, *getattr(flux.mmdit, "apart", ())]
+    return [*found, *getattr(flux.mmdit, "precomputed", ())]
 
 
 def devices(part) -> set[str]:
@@ -88,7 +90,7 @@ def test_the_given_model_stays_as_it_is(flux):
         generate(offload(flux, "cpu", mode, dtype=torch.bfloat16), "an owl", **SMALL)
         offload(flux, "meta", mode)
     assert before == [[(name, id(tensor)) for _, name, tensor in slots(network)] for network in networks(flux)]
-    assert not any(network._forward_pre_hooks for network in networks(flux))
+    assert not any("forward" in vars(network) for network in networks(flux))
 
 
 def test_an_interrupted_call_leaves_a_model_that_works(flux):
@@ -108,15 +110,25 @@ def test_an_interrupted_call_leaves_a_model_that_works(flux):
 @pytest.fixture
 def without_numbers(monkeypatch):
     """A tensor on meta cannot say which time it is: each row is computed when it is asked for."""
-    monkeypatch.setattr(PrecomputedModulation, "at", lambda self, t: self.layers(self.vec, [t], self.guidance)[0])
+    at = PrecomputedModulation.at
+    monkeypatch.setattr(PrecomputedModulation, "at", lambda self, inputs: at(self, inputs._replace(time=None)))
+
+
+def before_it_runs(part, function):
+    """Calls function(part) once the part has been loaded."""
+    def wrapper(module, call, *inputs, **named):
+        function(module)
+        return call(*inputs, **named)
+
+    wrap_in_place(part, "forward", wrapper, innermost=True)
 
 
 def test_of_the_modulation_alone_one_layer_at_a_time_is_on_the_device(flux, without_numbers):
     offloaded, seen = offload(flux, "meta", "modulation"), []
     *resident, modulations = networks(offloaded)
-    turning = takers(modulations, "modulation")
+    turning = offload_units(modulations, "modulation")
     for layer in turning:
-        layer.register_forward_pre_hook(lambda layer, inputs: seen.append([part for part in turning if "meta" in devices(part)] == [layer]))
+        before_it_runs(layer, lambda layer: seen.append([part for part in turning if "meta" in devices(part)] == [layer]))
     z = generate(offloaded, "an owl", **SMALL | dict(output="latents"))
     assert z.device.type == "meta" and len(seen) >= len(turning) and all(seen)
     assert devices(modulations) == {"cpu"} and all(devices(network) == {"meta"} for network in resident)
@@ -126,11 +138,11 @@ def test_of_the_modulation_alone_one_layer_at_a_time_is_on_the_device(flux, with
 def test_one_part_at_a_time_is_on_the_device(flux, mode, without_numbers):
     """The device is meta, on which the networks run without numbers. Beside the part there is at most one modulation layer."""
     offloaded, seen = offload(flux, "meta", mode), {}
-    parts = [[part for network in group for part in takers(network, mode) if part._forward_pre_hooks]
+    parts = [[part for network in group for part in offload_units(network, mode) if "forward" in vars(part)]
              for group in (networks(offloaded)[:-1], networks(offloaded)[-1:])]
     for group in parts:
         for part in group:
-            part.register_forward_pre_hook(lambda part, inputs, group=group: seen.update({
+            before_it_runs(part, lambda part, group=group: seen.update({
                 part: [other for other in group if "meta" in devices(other)]}))
     z = generate(offloaded, "an owl", **SMALL | dict(output="latents"))
     assert z.device.type == "meta"
@@ -187,8 +199,8 @@ def cuda(monkeypatch, without_numbers) -> list:
     log = MadeUpCUDA(monkeypatch).log
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self.clone())
     monkeypatch.setattr(module, "find_device", lambda name: types.SimpleNamespace(type="cuda"))
-    monkeypatch.setattr(Turns, "copy", lambda self, tensor: tensor.to("meta"))
-    monkeypatch.setattr(Turns, "to_device", lambda self, value: meta(value))
+    monkeypatch.setattr(Offloader, "copy", lambda self, tensor: tensor.to("meta"))
+    monkeypatch.setattr(Offloader, "to_device", lambda self, value: meta(value))
     return log
 
 
@@ -196,18 +208,18 @@ def test_with_cuda_the_next_block_is_copied_while_the_present_one_computes(flux,
     """At most two blocks are there; a block's copy begins when the block before has been started, and the one before that, whose place it
     takes, has finished; and nothing computes before its copy has arrived."""
     blocks: list = []
-    come = Turns.come
+    load = Offloader.load
 
     def spy(self, part):
         if part in blocks:
             cuda.append(("copy", blocks.index(part)))
-        come(self, part)
+        load(self, part)
 
-    monkeypatch.setattr(Turns, "come", spy)
+    monkeypatch.setattr(Offloader, "load", spy)
     offloaded = offload(flux, "cuda", "block")
     blocks += [*offloaded.mmdit.double_blocks, *offloaded.mmdit.single_blocks]
     for i, block in enumerate(blocks):
-        block.register_forward_pre_hook(lambda block, inputs, i=i: cuda.append(
+        before_it_runs(block, lambda block, i=i: cuda.append(
             ("run", i, {j for j, other in enumerate(blocks) if "meta" in devices(other)})))
     generate(offloaded, "an owl", **SMALL | dict(output="latents"))
 
@@ -234,7 +246,10 @@ def test_with_cuda_the_order_of_layers_is_learnt_in_the_first_step(flux, cuda):
 
 
 def meta(value):
-    return type(value)(map(meta, value)) if isinstance(value, (list, tuple)) else value.to("meta") if isinstance(value, torch.Tensor) else value
+    if isinstance(value, list | tuple):
+        moved = map(meta, value)
+        return type(value)(*moved) if hasattr(value, "_fields") else type(value)(moved)
+    return value.to("meta") if isinstance(value, torch.Tensor) else value
 
 
 # ------------------------------------------------------------------------------------------------------------------ pages
@@ -256,16 +271,16 @@ class TestPages:
         assert not is_within(a, mapped_ranges())
 
     def test_pages_that_were_given_back_are_read_again(self, tmp_path):
-        turns = Turns(torch.device("cpu"), None, True, "disk")
+        offloader = Offloader(torch.device("cpu"), None, True, "disk")
         slot = ({"a": nn.Parameter(torch.randn(300, 1000), requires_grad=False)}, "a")
         before = slot[0]["a"].clone()
-        turns.map([(*slot, slot[0]["a"])])
-        turns.give_back(slot[0]["a"])
-        assert torch.equal(slot[0]["a"], before) and slot[0]["a"].data_ptr() in turns.mapped
+        offloader.map([(*slot, slot[0]["a"])])
+        offloader.pages.drop(slot[0]["a"])
+        assert torch.equal(slot[0]["a"], before) and slot[0]["a"].data_ptr() in offloader.pages.mapped
 
     def test_memory_that_is_not_mapped_is_never_given_back(self):
-        turns, a = Turns(torch.device("cpu"), None, True, "disk"), torch.ones(300, 1000)
-        turns.give_back(a)
+        offloader, a = Offloader(torch.device("cpu"), None, True, "disk"), torch.ones(300, 1000)
+        offloader.pages.drop(a)
         assert a.sum() == 300_000
 
 
@@ -383,9 +398,9 @@ def test_what_would_change_an_offloaded_model_is_refused_in_one_sentence(flux, t
     file = lora_file(tmp_path / "a.safetensors", flux.mmdit)
     with pytest.raises(ValueError, match="add LoRAs"):
         add_lora(offloaded, file)
-    with pytest.raises(ValueError, match="an offloaded model cannot be changed any more: add LoRAs, and quantise, before"):
+    with pytest.raises(ValueError, match="an offloaded model cannot be changed any more: add LoRAs, quantise and copy it before"):
         copy.deepcopy(offloaded.t5)
-    with pytest.raises(ValueError, match="is offloaded already: offload the model as it was before"):
+    with pytest.raises(ValueError, match="is offloaded already, and then cannot be offloaded: use the model as it was before"):
         offload(offloaded, "cpu", "model")
 
 
