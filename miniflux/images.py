@@ -10,7 +10,6 @@ import logging
 import os
 import shutil
 import tempfile
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -50,12 +49,13 @@ def open_picture(source: str | os.PathLike, what: str) -> Image.Image:
     if not path.is_file():
         raise FileNotFoundError(f"the {what} {path} does not exist: expected a picture file")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as picture:
-                picture.load()
-                return picture
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+        with Image.open(path) as picture:
+            # Note: Pillow only warns here; its warning as an error would be one for all threads.
+            if picture.width * picture.height > MAX_PIXELS:
+                raise Image.DecompressionBombError
+            picture.load()
+            return picture
+    except Image.DecompressionBombError:
         raise ValueError(f"the {what} {path} claims more than {MAX_PIXELS:,} pixels: make it smaller first") from None
     except Exception as error:                              # Pillow's decoders raise what they like
         raise ValueError(f"the {what} {path} cannot be read as a picture ({type(error).__name__}: {str(error):.80})") from None

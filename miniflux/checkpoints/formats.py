@@ -17,6 +17,7 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import NamedTuple
 
@@ -127,40 +128,40 @@ def read_safetensors(path: str | os.PathLike, apart: Callable[[str], bool] = lam
     return tensors
 
 
-_only_shapes = _on_disk = False
+# Note: of each thread its own, as others may load at the same time.
+_only_shapes: ContextVar[bool] = ContextVar("_only_shapes", default=False)
+_on_disk: ContextVar[bool] = ContextVar("_on_disk", default=False)
 
 
 @contextmanager
 def only_shapes():
     """Within, matrices of numbers are read without the numbers: they have a shape and a dtype, and lie on the meta device."""
-    global _only_shapes
-    before, _only_shapes = _only_shapes, True
+    token = _only_shapes.set(True)
     try:
         yield
     finally:
-        _only_shapes = before
+        _only_shapes.reset(token)
 
 
 @contextmanager
 def joined_on_disk():
     """Within, what is joined from several tensors of a file is mapped from a file again."""
-    global _on_disk
-    before, _on_disk = _on_disk, True
+    token = _on_disk.set(True)
     try:
         yield
     finally:
-        _on_disk = before
+        _on_disk.reset(token)
 
 
 def cat(tensors: list[Tensor]) -> Tensor:
     """The tensors one below the other."""
     large = sum(tensor.nbytes for tensor in tensors) > SPAN // 16 and len({tensor.dtype for tensor in tensors}) == 1
-    return spill([tensors])[0] if _on_disk and large and not tensors[0].is_meta else torch.cat(tensors)
+    return spill([tensors])[0] if _on_disk.get() and large and not tensors[0].is_meta else torch.cat(tensors)
 
 
 def view(data: np.ndarray, dtype: torch.dtype, shape: list[int]) -> Tensor:
     """Bytes as a tensor; without a copy, unless the header's length has put them at an odd address."""
-    if _only_shapes and len(shape) > 1 and dtype.is_floating_point:
+    if _only_shapes.get() and len(shape) > 1 and dtype.is_floating_point:
         return torch.empty(shape, dtype=dtype, device="meta")
     if not len(data):
         return torch.empty(shape, dtype=dtype)

@@ -65,11 +65,11 @@ class CacheStates:
         self.new = new
 
     def state_for(self, inputs: MMDiTInputs):
-        memory = {} if inputs.memory is None else inputs.memory
+        states = {} if inputs.memory is None else inputs.memory.states
         time = float(inputs.t[0]) if inputs.time is None else inputs.time
-        state = memory.get(self)
+        state = states.get(self)
         if state is None or time > state.time:
-            state = memory[self] = self.new()
+            state = states[self] = self.new()
         state.time = time
         return state
 

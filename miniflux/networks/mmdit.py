@@ -259,8 +259,11 @@ class FinalLayer(nn.Module):
         return self.linear(modulate(img, shift, scale))                     # (B, N, out_channels)
 
 
-class CallMemory(dict):
+class CallMemory:
     """What is remembered from step to step while one prompt is sampled; gone when that is over."""
+
+    def __init__(self):
+        self.states: dict = {}         # whoever remembers something -> what it remembers
 
 
 class MMDiTInputs(NamedTuple):
