@@ -161,7 +161,8 @@ def test_a_model_with_any_feature_that_can_be_stored_is_copied_and_pickled(flux,
     copied = store(model)
     for parameter in copied.mmdit.parameters():
         assert all(parameter is not other for other in model.mmdit.parameters())
-    assert torch.equal(sample(copied, 0), sample(model, 0))
+    # Note: bit for bit but for the addresses of the weights, on which the order of a sum may depend.
+    assert (sample(copied, 0) - sample(model, 0)).abs().max() < 1e-5
 
 
 def test_a_copy_has_a_modulation_of_its_own(flux):
