@@ -32,9 +32,11 @@ class LoRALinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.base(x) + self.scale * F.linear(F.linear(x, self.A), self.B)    # (..., out)
 
+    @torch.no_grad()
     def merged(self) -> Tensor:
-        """W + scale · B A, in one pass over W: (out, in)."""
-        return torch.addmm(self.base.weight, self.B, self.A, alpha=self.scale)
+        """W + scale · B A, by rows or by columns as W is stored: (out, in)."""
+        W = self.base.weight
+        return torch.addmm(W, self.B, self.A, alpha=self.scale, out=torch.empty_like(W))
 
     @property
     def weight(self) -> Tensor:
@@ -51,6 +53,21 @@ class LoRALinear(nn.Module):
     @property
     def out_features(self) -> int:
         return self.base.out_features
+
+
+def insert_loras(network: nn.Module, rank: int) -> dict[str, LoRALinear]:
+    """Puts a LoRA on each linear layer of a network, and freezes everything else, for training.
+
+    B begins at zero, so the network computes what it did before. Returns layer name -> its LoRA."""
+    network.requires_grad_(False)
+    loras = {}
+    for name, layer in list(network.named_modules()):
+        if isinstance(layer, nn.Linear):
+            weight = layer.weight                                               # (out, in)
+            A = torch.randn(rank, weight.shape[1]).to(weight) / weight.shape[1] ** 0.5
+            loras[name] = LoRALinear(layer, A, weight.new_zeros(weight.shape[0], rank))
+            network.set_submodule(name, loras[name])
+    return loras
 
 
 class DiffLinear(LoRALinear):
