@@ -23,7 +23,7 @@ from . import __version__, command
 from .adapters.ip_adapter import add_ip_adapter
 from .adapters.lora import add_lora
 from .checkpoints.finding import list_models
-from .checkpoints.formats import joined_on_disk
+from .checkpoints.formats import concat_on_disk
 from .checks import check_number
 from .command import say
 from .controlnet import MODES, Control, load_controlnet
@@ -419,7 +419,7 @@ def marked(pictures: Tensor) -> Tensor:
 def offloaded(args: argparse.Namespace, device: torch.device, dtype: torch.dtype | None) -> Flux:
     """The model whose parts come to the device in turn, from the files as they are: mapped, so that none is in memory twice."""
     dtype = dtype or default_dtype(device)
-    with joined_on_disk() if args.offload == "disk" else nullcontext():
+    with concat_on_disk() if args.offload == "disk" else nullcontext():
         flux = assemble(args.model, torch.device("cpu"), None, args.transformer)
     if args.schedule:
         flux = with_schedule(flux, args.schedule)

@@ -20,9 +20,9 @@ from torch import nn
 
 from .checkpoints.building import WithoutInitialisation
 from .checkpoints.finding import shipped_models
-from .checkpoints.formats import joined_on_disk, only_shapes
+from .checkpoints.formats import concat_on_disk, meta_tensors
 from .checkpoints.hub import OFFICIAL, find_in_cache
-from .checkpoints.packed import PackedLinear
+from .checkpoints.quantized import QuantizedLinear
 from .command import command
 from .devices import default_dtype, find_device
 from .engine import offload
@@ -72,7 +72,7 @@ def without_numbers(source: str | Path, dtype: torch.dtype, transformer: str | P
             more = {"siglip": SigLIP(), "redux": ReduxEmbedder()} if source == "redux" else {}
         flux = Flux(None, None, *parts, FluxConfig(name=source), **more)
         return offload.change_networks(flux, lambda network: network.to(dtype))
-    with only_shapes():
+    with meta_tensors():
         return assemble(source, torch.device("meta"), dtype, transformer)
 
 
@@ -94,7 +94,7 @@ def expect(flux: Flux, mode: str, form: str | None, width: int, height: int, num
     working["mmdit"] += ahead
     for name, network in networks.items():
         working[name] += UNPACKING * max((layer.in_features * layer.out_features for layer in network.modules()
-                                          if isinstance(layer, PackedLinear)), default=0)
+                                          if isinstance(layer, QuantizedLinear)), default=0)
     # The modulation comes while the transformer has its turn.
     stages = {name: working[name] + (0 if mode == "whole" else turn[name]) for name in networks}
     stages |= {name: turn[name] + turn["mmdit"] + ahead for name in apart}
@@ -167,7 +167,7 @@ def load_fitting(source: str | Path, device: torch.device, dtype: torch.dtype, t
     if mode == "whole":
         return assemble(source, device, dtype, transformer)
     # Note: in the files' own dtype, so that the weights stay mapped; each part is converted when it comes.
-    with joined_on_disk() if mode == "disk" else nullcontext():
+    with concat_on_disk() if mode == "disk" else nullcontext():
         return offload.offload(assemble(source, torch.device("cpu"), None, transformer), device, mode, dtype=dtype)
 
 

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from miniflux import Prompt, generate, load
-from miniflux.checkpoints.formats import only_shapes, read_safetensors
+from miniflux.checkpoints.formats import meta_tensors, read_safetensors
 from miniflux.engine.offload import change_networks, offload, slots
 from miniflux.engine.quantize import quantize
 from miniflux.flux import Flux, FluxConfig
@@ -173,7 +173,7 @@ def test_a_model_without_numbers_has_the_shapes_of_the_loaded_one(folder):
 
 def test_only_matrices_are_read_without_numbers_and_only_within(tmp_path):
     save_file({"matrix": torch.ones(3, 4), "vector": torch.ones(3), "bytes": torch.ones(3, 4, dtype=torch.uint8)}, tmp_path / "a.safetensors")
-    with only_shapes():
+    with meta_tensors():
         state = read_safetensors(tmp_path / "a.safetensors")
     assert {name: tensor.is_meta for name, tensor in state.items()} == {"matrix": True, "vector": False, "bytes": False}
     assert not read_safetensors(tmp_path / "a.safetensors")["matrix"].is_meta

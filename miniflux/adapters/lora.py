@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from ..checkpoints.building import WithoutInitialisation
 from ..checkpoints.formats import listing
 from ..checkpoints.hub import find_network
-from ..checkpoints.packed import PackedLinear
+from ..checkpoints.quantized import QuantizedLinear
 from ..checks import check_number
 from ..command import command, say, tell
 from ..flux import Flux
@@ -188,7 +188,7 @@ def changed_module(module: nn.Module, merged: Scaled, unmerged: Scaled) -> nn.Mo
     if any(kind in change.factors for change, _ in changes for kind in BIAS_KINDS):
         module.bias = changed_bias(module, changes)
     # Note: nothing is merged into a packed weight, which would have to be unpacked for good.
-    if isinstance(module, PackedLinear):
+    if isinstance(module, QuantizedLinear):
         merged, unmerged = [], changes
     name = weight_name(module)
     if any(change.moves_weight for change, _ in merged):
@@ -221,7 +221,7 @@ def with_replaced_weight(module: nn.Module, changes: Scaled) -> nn.Module:
     weight = getattr(module, name).clone()
     for change in values:
         weight[rows_of(change)] = in_our_order(change, change.factors["weight"]).to(weight)
-    if isinstance(module, PackedLinear):
+    if isinstance(module, QuantizedLinear):
         return with_weight(module, weight)
     setattr(module, name, frozen(weight))
     return module

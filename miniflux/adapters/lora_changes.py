@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoints.names import swap_halves
-from ..checkpoints.packed import PackedLinear
+from ..checkpoints.quantized import QuantizedLinear
 from .dialects import Target
 from .lora_layers import DiffLinear, DoRALinear, LoHaLinear, LoKrLinear, LoRALinear
 
@@ -131,7 +131,7 @@ def in_our_order(change: Change, factor: Tensor) -> Tensor:
 
 def like_weight(module: nn.Module) -> Tensor:
     """An empty tensor of the weight's dtype, where the weight is."""
-    if isinstance(module, PackedLinear):
+    if isinstance(module, QuantizedLinear):
         return torch.empty(0, dtype=module.dtype, device=module.q.device)
     return getattr(module, weight_name(module))[:0]
 

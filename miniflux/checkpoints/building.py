@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .formats import listing
-from .packed import Packed, PackedLinear, State
+from .quantized import QuantizedLinear, QuantizedTensor, State
 
 Network = TypeVar("Network", bound=nn.Module)
 SIGNED = ("shift_factor", "base_shift", "max_shift")   # numbers of a config that may be 0 or negative
@@ -51,18 +51,18 @@ def build(kind: type[Network], config, state: State, source: Path, device: torch
     for name in expected:
         module, _, attribute = name.rpartition(".")
         owner, tensor = network.get_submodule(module), state.pop(name)
-        if isinstance(tensor, Packed):
+        if isinstance(tensor, QuantizedTensor):
             if attribute == "weight" and isinstance(owner, nn.Linear):
-                network.set_submodule(module, packed_linear(owner, tensor, torch.device(device), dtype))
+                network.set_submodule(module, quantized_linear(owner, tensor, torch.device(device), dtype))
                 continue
-            tensor = tensor.unpack()
+            tensor = tensor.dequantize()
         setattr(owner, attribute, nn.Parameter(place(tensor, torch.device(device), dtype), requires_grad=False))
     return network.eval()
 
 
-def packed_linear(linear: nn.Linear, weight: Packed, device: torch.device, dtype: torch.dtype | None) -> PackedLinear:
-    """The layer with a packed weight in the place of its own, and the bias that it has so far."""
-    layer = PackedLinear(weight, dtype or torch.float32, device)
+def quantized_linear(linear: nn.Linear, weight: QuantizedTensor, device: torch.device, dtype: torch.dtype | None) -> QuantizedLinear:
+    """The layer with a quantised weight in the place of its own, and the bias that it has so far."""
+    layer = QuantizedLinear(weight, dtype or torch.float32, device)
     layer.bias = linear.bias
     return layer
 

@@ -128,24 +128,24 @@ def read_safetensors(path: str | os.PathLike, apart: Callable[[str], bool] = lam
     return tensors
 
 
-# Note: of each thread its own, as others may load at the same time.
-_only_shapes: ContextVar[bool] = ContextVar("_only_shapes", default=False)
-_on_disk: ContextVar[bool] = ContextVar("_on_disk", default=False)
+# Switches of the reading below. Note: context variables, as each thread has its own.
+_meta = ContextVar("meta", default=False)
+_on_disk = ContextVar("on_disk", default=False)
 
 
 @contextmanager
-def only_shapes():
-    """Within, matrices of numbers are read without the numbers: they have a shape and a dtype, and lie on the meta device."""
-    token = _only_shapes.set(True)
+def meta_tensors():
+    """Within, matrices are read as meta tensors, which have a shape and a dtype but no elements."""
+    token = _meta.set(True)
     try:
         yield
     finally:
-        _only_shapes.reset(token)
+        _meta.reset(token)
 
 
 @contextmanager
-def joined_on_disk():
-    """Within, what is joined from several tensors of a file is mapped from a file again."""
+def concat_on_disk():
+    """Within, what is concatenated from several tensors of a file is mapped from a file again."""
     token = _on_disk.set(True)
     try:
         yield
@@ -154,14 +154,15 @@ def joined_on_disk():
 
 
 def cat(tensors: list[Tensor]) -> Tensor:
-    """The tensors one below the other."""
-    large = sum(tensor.nbytes for tensor in tensors) > SPAN // 16 and len({tensor.dtype for tensor in tensors}) == 1
-    return spill([tensors])[0] if _on_disk.get() and large and not tensors[0].is_meta else torch.cat(tensors)
+    """The rows of all tensors."""
+    is_large = sum(tensor.nbytes for tensor in tensors) > SPAN // 16
+    is_plain = len({tensor.dtype for tensor in tensors}) == 1 and not tensors[0].is_meta
+    return spill([tensors])[0] if _on_disk.get() and is_large and is_plain else torch.cat(tensors)
 
 
 def view(data: np.ndarray, dtype: torch.dtype, shape: list[int]) -> Tensor:
     """Bytes as a tensor; without a copy, unless the header's length has put them at an odd address."""
-    if _only_shapes.get() and len(shape) > 1 and dtype.is_floating_point:
+    if _meta.get() and len(shape) > 1 and dtype.is_floating_point:
         return torch.empty(shape, dtype=dtype, device="meta")
     if not len(data):
         return torch.empty(shape, dtype=dtype)

@@ -5,7 +5,7 @@
     tensors      name, dimensions (the innermost first), type, offset
     data         aligned; offsets count from here
 
-The tensors stay on disk, mapped; the quantised ones stay as they are (`Packed`). A header is not trusted: every count and offset is
+The tensors stay on disk, mapped; the quantised ones stay as they are (`QuantizedTensor`). A header is not trusted: every count and offset is
 checked against the file before it is used. Reference: ggml's `docs/gguf.md`; `gguf` of gguf-py.
 """
 
@@ -18,7 +18,7 @@ import torch
 
 from .blocks import BLOCKS, OTHER_BLOCKS
 from .formats import view
-from .packed import Packed, State
+from .quantized import QuantizedTensor, State
 
 PLAIN = {0: torch.float32, 1: torch.float16, 28: torch.float64, 30: torch.bfloat16}
 KINDS = {number: (kind, numbers, size) for kind, (number, numbers, size, _) in BLOCKS.items()}
@@ -64,7 +64,7 @@ class Header:
 
 
 def read_gguf(path: Path) -> State:
-    """All tensors of a file in torch's shapes, mapped from disk; quantised ones as `Packed`.
+    """All tensors of a file in torch's shapes, mapped from disk; quantised ones as `QuantizedTensor`.
 
     Raises FileNotFoundError; ValueError for a file that is truncated or corrupt, or that holds
     tensors in a format that is not read here."""
@@ -126,7 +126,7 @@ def read_header(header: Header) -> tuple[dict[str, tuple], int]:
     return entries, header.place + -header.place % alignment
 
 
-def read_tensor(data: np.ndarray, shape: tuple[int, ...], kind: int, offset: int) -> torch.Tensor | Packed:
+def read_tensor(data: np.ndarray, shape: tuple[int, ...], kind: int, offset: int) -> torch.Tensor | QuantizedTensor:
     count = 1
     for side in shape:
         count *= side
@@ -146,4 +146,4 @@ def read_tensor(data: np.ndarray, shape: tuple[int, ...], kind: int, offset: int
     piece = data[offset:offset + length]
     if kind in PLAIN:
         return view(piece, PLAIN[kind], list(shape))
-    return Packed(name, torch.Size(shape), {"q": torch.from_numpy(piece).view(count // shape[-1], -1)})
+    return QuantizedTensor(name, torch.Size(shape), {"q": torch.from_numpy(piece).view(count // shape[-1], -1)})

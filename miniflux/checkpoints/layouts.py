@@ -39,7 +39,7 @@ from .names import (
     t5_from_gguf,
     without_prefix,
 )
-from .packed import State, pack_state
+from .quantized import State, gather_quantized
 from .sizes import (
     autoencoder_config_from_tensors,
     clip_config_from_tensors,
@@ -53,16 +53,16 @@ CLIP_VISION = "openai/clip-vit-large-patch14"
 
 def read_file(path: Path, part: str, apart: Callable[[str], bool] = lambda name: False) -> State:
     """The tensors of a part from a safetensors or GGUF file that holds it alone or among others.
-    Quantised ones are packed."""
+    Quantised ones stay quantised."""
     if path.suffix == ".gguf":
         return without_prefix(read_gguf(path), part)
-    return pack_state(without_prefix(read_safetensors(path, apart), part), path)
+    return gather_quantized(without_prefix(read_safetensors(path, apart), part), path)
 
 
 def read_folder(path: Path, part: str, stem: str,
                 apart: Callable[[str], bool] = lambda name: False) -> State:
-    """The tensors of a part from its folder. Quantised ones are packed."""
-    return pack_state(without_prefix(read_sharded(path, stem, apart), part), path)
+    """The tensors of a part from its folder. Quantised ones stay quantised."""
+    return gather_quantized(without_prefix(read_sharded(path, stem, apart), part), path)
 
 
 def tensor_names(path: Path) -> list[str]:

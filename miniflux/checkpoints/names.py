@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
-from .packed import Packed, State, dense, join
+from .quantized import QuantizedTensor, State, concat, dequantized
 
 MMDIT = {
     "img_in": ["x_embedder"],
@@ -131,9 +131,9 @@ def tensor_names(modules: Table, names: set[str]) -> Iterator[tuple[str, list[st
                 yield f"{original}.{ours}", sources
 
 
-def swap_halves(x: Tensor | Packed) -> Tensor:
+def swap_halves(x: Tensor | QuantizedTensor) -> Tensor:
     """(2·d, ...) -> the second d rows, then the first."""
-    return torch.cat(dense(x).chunk(2)[::-1])
+    return torch.cat(dequantized(x).chunk(2)[::-1])
 
 
 def count(names: set[str], prefix: str) -> int:
@@ -153,7 +153,7 @@ def from_diffusers(state: State, modules: Table) -> State:
         parts = [state[source] for source in sources if source in state and state[source].ndim]
         # Note: torch joins float32 and bfloat16, but not one-byte types with others.
         if len(parts) == len(sources) and len({(part.shape[1:], torch.is_tensor(part) and part.dtype.itemsize == 1) for part in parts}) == 1:
-            result[original] = join([state.pop(source) for source in sources])
+            result[original] = concat([state.pop(source) for source in sources])
     return result | state
 
 

@@ -9,7 +9,7 @@ from ..networks.t5 import T5Config
 from .building import pick
 from .formats import listing
 from .names import autoencoder_levels, count
-from .packed import State
+from .quantized import State
 
 
 def mmdit_config_from_tensors(state: State, source: Path) -> MMDiTConfig:

@@ -35,7 +35,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..checkpoints.packed import PackedLinear
+from ..checkpoints.quantized import QuantizedLinear
 from ..devices import find_device
 from ..flux import Flux
 from ..networks.attention import attention_through
@@ -170,7 +170,7 @@ def distribute(flux: Flux, shard: bool = False) -> Flux:
     if not dist.is_initialized():
         raise ValueError("this process is alone: start several with `torchrun --nproc-per-node N`, and call start() in each of them")
     check_order(flux, "distributed")
-    if shard and any(isinstance(module, PackedLinear) for part in (flux.mmdit, flux.t5) if part for module in part.modules()):
+    if shard and any(isinstance(module, QuantizedLinear) for part in (flux.mmdit, flux.t5) if part for module in part.modules()):
         raise ValueError("quantised weights cannot be sharded: distribute them whole, or shard the model as it was before")
     if dist.get_world_size() == 1:
         return flux

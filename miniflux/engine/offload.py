@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoints.formats import spill
-from ..checkpoints.packed import PackedLinear
+from ..checkpoints.quantized import QuantizedLinear
 from ..flux import Flux
 from ..devices import find_device
 from ..networks.autoencoder import Autoencoder
@@ -180,7 +180,7 @@ class Offloader:
             if id(tensor) not in leaving:
                 self.put(holder, name, self.copy(tensor))
         for module in network.modules():
-            if self.dtype and isinstance(module, PackedLinear):
+            if self.dtype and isinstance(module, QuantizedLinear):
                 module.dtype = self.dtype
 
     def map(self, going: list[Slot]) -> None:

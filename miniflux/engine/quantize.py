@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters.lora import LoRAs, with_loras
-from ..checkpoints.packed import BLOCK, FLOAT8, NF4, Packed, PackedLinear
+from ..checkpoints.quantized import BLOCK, FLOAT8, NF4, QuantizedTensor, QuantizedLinear
 from ..flux import Flux
 from .features import check_order
 
@@ -28,35 +28,35 @@ BLOCKS = {"mmdit": ("double_blocks.", "single_blocks."), "t5": ("encoder.block."
 FEW = 16                   # rows below which the products in 8 bits do not pay, and CUDA's refuse
 
 
-def pack_int8(weight: Tensor) -> Packed:
+def pack_int8(weight: Tensor) -> QuantizedTensor:
     """One scale a row: its largest value stands for 127."""
     scale = weight.abs().amax(dim=1, keepdim=True).clamp_min(1e-30) / 127       # (out, 1)
-    return Packed("int8", weight.shape, {"q": (weight / scale).round().to(torch.int8).view(torch.uint8), "scale": scale})
+    return QuantizedTensor("int8", weight.shape, {"q": (weight / scale).round().to(torch.int8).view(torch.uint8), "scale": scale})
 
 
-def pack_fp8(weight: Tensor) -> Packed:
+def pack_fp8(weight: Tensor) -> QuantizedTensor:
     """One scale a row: its largest value becomes 448, the largest of the format."""
     scale = weight.abs().amax(dim=1, keepdim=True).clamp_min(1e-30) / 448       # (out, 1)
-    return Packed("float8_e4m3fn", weight.shape, {"q": (weight / scale).to(torch.float8_e4m3fn).view(torch.uint8), "scale": scale})
+    return QuantizedTensor("float8_e4m3fn", weight.shape, {"q": (weight / scale).to(torch.float8_e4m3fn).view(torch.uint8), "scale": scale})
 
 
-def pack_nf4(weight: Tensor) -> Packed:
+def pack_nf4(weight: Tensor) -> QuantizedTensor:
     """Each block of 64 neighbours is divided by its largest value; each number becomes the nearest of sixteen."""
     blocks = weight.unflatten(1, (-1, BLOCK))                                   # (out, in / 64, 64)
     absmax = blocks.abs().amax(dim=2).clamp_min(1e-30)                          # (out, in / 64)
     table = torch.tensor(NF4, device=weight.device)
     between = (table[1:] + table[:-1]) / 2                                      # where the nearest changes
     q = torch.bucketize((blocks / absmax[..., None]).contiguous(), between).to(torch.uint8).flatten(1)  # (out, in)
-    return Packed("nf4", weight.shape, {"q": q[:, ::2] << 4 | q[:, 1::2], "absmax": absmax})
+    return QuantizedTensor("nf4", weight.shape, {"q": q[:, ::2] << 4 | q[:, 1::2], "absmax": absmax})
 
 
-class DynamicLinear(PackedLinear):
+class DynamicLinear(QuantizedLinear):
     """Multiplies in 8 bits: the activations are quantised token by token, the products summed in integers or float32."""
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.flatten(0, -2)                                                 # (tokens, in)
         if len(rows) <= FEW:
-            return PackedLinear.forward(self, x)
+            return QuantizedLinear.forward(self, x)
         largest = 127 if self.kind == "int8" else 448
         scale = rows.abs().amax(dim=1, keepdim=True).float().clamp_min(1e-30) / largest  # (tokens, 1)
         if self.kind == "int8":
@@ -70,7 +70,7 @@ class DynamicLinear(PackedLinear):
 
 
 # Name -> (how a weight is packed, what its columns must be a multiple of, the layer that computes with it).
-FORMATS = {"int8": (pack_int8, 1, PackedLinear), "fp8": (pack_fp8, 1, PackedLinear), "nf4": (pack_nf4, BLOCK, PackedLinear),
+FORMATS = {"int8": (pack_int8, 1, QuantizedLinear), "fp8": (pack_fp8, 1, QuantizedLinear), "nf4": (pack_nf4, BLOCK, QuantizedLinear),
            "int8-dynamic": (pack_int8, 8, DynamicLinear), "fp8-dynamic": (pack_fp8, 16, DynamicLinear)}
 
 
@@ -99,8 +99,8 @@ def quantized(network: nn.Module, blocks: tuple[str, ...], form: str) -> nn.Modu
     shared = {id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())}
     network = copy.deepcopy(network, memo=shared)
     for name, layer in list(network.named_modules()):
-        if isinstance(layer, nn.Linear) and not isinstance(layer, PackedLinear) and name.startswith(blocks):
-            if layer.in_features % multiple == 0 and (kind is PackedLinear or layer.out_features % multiple == 0):
+        if isinstance(layer, nn.Linear) and not isinstance(layer, QuantizedLinear) and name.startswith(blocks):
+            if layer.in_features % multiple == 0 and (kind is QuantizedLinear or layer.out_features % multiple == 0):
                 replacement = kind(pack(layer.weight.float()), layer.weight.dtype, layer.weight.device)
                 replacement.bias = layer.bias
                 network.set_submodule(name, replacement.train(layer.training))

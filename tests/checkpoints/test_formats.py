@@ -286,7 +286,7 @@ def test_many_spilled_tensors_keep_one_file_open():
 def test_what_is_joined_is_mapped_from_a_file_only_within_the_context():
     big, small = torch.randn(2000, 300), torch.randn(2, 3)
     assert torch.equal(formats.cat([big, big]), torch.cat([big, big]))
-    with formats.joined_on_disk():
+    with formats.concat_on_disk():
         joined = formats.cat([big, big])
         assert torch.equal(joined, torch.cat([big, big])) and torch.equal(formats.cat([small, small]), torch.cat([small, small]))
     if sys.platform == "linux":

@@ -19,7 +19,7 @@ from torch import nn
 from miniflux import Prompt, add_ip_adapter, add_lora, add_redux, generate, image_to_image, load, load_controlnet, redux
 from miniflux.checkpoints import formats
 from miniflux.checkpoints.formats import read_safetensors
-from miniflux.checkpoints.packed import PackedLinear
+from miniflux.checkpoints.quantized import QuantizedLinear
 from miniflux.engine import offload as module
 from miniflux.engine.modulation import PrecomputedModulation
 from miniflux.engine.offload import MODES, Offloader, change_networks, offload, offload_units, slots
@@ -376,14 +376,14 @@ def test_quantised_layers_travel_packed(flux, mode, form):
     packed = quantize(flux, form)
     offloaded = offload(packed, "cpu", mode)
     assert torch.equal(generate(offloaded, "an owl", **SMALL), generate(packed, "an owl", **SMALL))
-    assert any(isinstance(layer, PackedLinear) for layer in offloaded.mmdit.modules())
+    assert any(isinstance(layer, QuantizedLinear) for layer in offloaded.mmdit.modules())
 
 
 def test_with_a_dtype_packed_layers_unpack_to_it(flux):
     packed = quantize(change_networks(flux, lambda network: copy.deepcopy(network).bfloat16()), "int8")
     offloaded = offload(packed, "cpu", "disk", dtype=torch.float32)
     assert generate(offloaded, "an owl", **SMALL).isfinite().all()
-    assert all(layer.weight.dtype == torch.float32 for layer in offloaded.mmdit.modules() if isinstance(layer, PackedLinear))
+    assert all(layer.weight.dtype == torch.float32 for layer in offloaded.mmdit.modules() if isinstance(layer, QuantizedLinear))
 
 
 @pytest.mark.parametrize("mode", MODES)

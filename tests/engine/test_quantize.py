@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from miniflux import add_lora, generate, load, remove_lora
-from miniflux.checkpoints.packed import NF4, PackedLinear
+from miniflux.checkpoints.quantized import NF4, QuantizedLinear
 from miniflux.engine.quantize import FORMATS, DynamicLinear, pack_fp8, pack_int8, pack_nf4, quantize
 from miniflux.networks.mmdit import MMDiT, MMDiTConfig
 
@@ -35,15 +35,15 @@ def error(a, b) -> float:
 def test_int8_is_the_nearest_of_255_multiples_of_the_rows_scale():
     weight = torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
     step = weight.abs().amax(1, keepdim=True) / 127
-    assert ((pack_int8(weight).unpack() - weight).abs() <= step / 2 * 1.0001).all()
-    assert torch.allclose(pack_int8(weight).unpack().abs().amax(1), weight.abs().amax(1))
+    assert ((pack_int8(weight).dequantize() - weight).abs() <= step / 2 * 1.0001).all()
+    assert torch.allclose(pack_int8(weight).dequantize().abs().amax(1), weight.abs().amax(1))
 
 
 def test_fp8_keeps_three_bits_after_the_first_of_every_number():
     """e4m3: within 1/16 of each number, down to the smallest it can write, 2^-9 of a scale."""
     weight = torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
     smallest = weight.abs().amax(1, keepdim=True) / 448 * 2**-9
-    assert ((pack_fp8(weight).unpack() - weight).abs() <= torch.maximum(weight.abs() / 16, smallest) * 1.0001).all()
+    assert ((pack_fp8(weight).dequantize() - weight).abs() <= torch.maximum(weight.abs() / 16, smallest) * 1.0001).all()
 
 
 def test_nf4_is_the_nearest_of_sixteen_in_each_block():
@@ -51,7 +51,7 @@ def test_nf4_is_the_nearest_of_sixteen_in_each_block():
     blocks = weight.view(6, 2, 64)
     absmax, table = blocks.abs().amax(2, keepdim=True), torch.tensor(NF4)
     nearest = (blocks / absmax)[..., None].sub(table).abs().argmin(-1)
-    assert torch.equal(pack_nf4(weight).unpack(), (table[nearest] * absmax).view(6, 128))
+    assert torch.equal(pack_nf4(weight).dequantize(), (table[nearest] * absmax).view(6, 128))
 
 
 @pytest.mark.parametrize("form, weights", [
@@ -59,8 +59,8 @@ def test_nf4_is_the_nearest_of_sixteen_in_each_block():
     ("nf4", torch.tensor(NF4).repeat(2, 4)),
 ])
 def test_weights_that_a_format_can_write_are_kept_exactly(form, weights):
-    assert torch.equal(FORMATS[form][0](weights).unpack(), weights)
-    assert torch.equal(FORMATS[form][0](torch.zeros(2, 64)).unpack(), torch.zeros(2, 64))
+    assert torch.equal(FORMATS[form][0](weights).dequantize(), weights)
+    assert torch.equal(FORMATS[form][0](torch.zeros(2, 64)).dequantize(), torch.zeros(2, 64))
 
 
 @pytest.mark.parametrize("form, bound", [("int8", 0.0015), ("fp8", 0.008), ("nf4", 0.017), ("int8-dynamic", 0.0016), ("fp8-dynamic", 0.009)])
@@ -69,8 +69,8 @@ def test_a_velocity_of_a_quantised_model_is_close(flux, form, bound):
     small = quantize(flux, form)
     expected, got = (paint(model, steps=1) for model in (flux, small))
     assert 0 < error(got, expected) < bound
-    assert isinstance(small.mmdit.double_blocks[0].img_mlp[0], FORMATS[form][2]) and not isinstance(small.mmdit.img_in, PackedLinear)
-    assert not isinstance(flux.mmdit.double_blocks[0].img_mlp[0], PackedLinear)   # the given model is as it was
+    assert isinstance(small.mmdit.double_blocks[0].img_mlp[0], FORMATS[form][2]) and not isinstance(small.mmdit.img_in, QuantizedLinear)
+    assert not isinstance(flux.mmdit.double_blocks[0].img_mlp[0], QuantizedLinear)   # the given model is as it was
 
 
 @pytest.mark.parametrize("form, of_float32", [("int8", 0.26), ("fp8", 0.26), ("nf4", 0.15)])
@@ -99,14 +99,14 @@ def test_loras_before_and_after_are_the_same_and_go_again(flux, tmp_path, form):
                for layer in ("double_blocks.0.img_attn.qkv", "img_in") for kind, shape in
                (("A", (4, 64)), ("B", (192 if "qkv" in layer else 64, 4)))}, tmp_path / "lora.safetensors")
     before, after = quantize(add_lora(flux, tmp_path / "lora.safetensors"), form), add_lora(quantize(flux, form), tmp_path / "lora.safetensors")
-    assert torch.equal(paint(before), paint(after)) and isinstance(before.mmdit.double_blocks[0].img_attn.qkv.base, PackedLinear)
+    assert torch.equal(paint(before), paint(after)) and isinstance(before.mmdit.double_blocks[0].img_attn.qkv.base, QuantizedLinear)
     assert error(paint(after), paint(add_lora(flux, tmp_path / "lora.safetensors"))) < 0.03
     assert torch.equal(paint(remove_lora(after)), paint(quantize(flux, form)))
 
 
 def test_what_is_quantised_stays_and_parts_can_be_chosen(flux):
     once = quantize(flux, "int8", parts=("t5",))
-    assert once.mmdit is flux.mmdit and isinstance(once.t5.encoder.block[0].layer[0].SelfAttention.q, PackedLinear)
+    assert once.mmdit is flux.mmdit and isinstance(once.t5.encoder.block[0].layer[0].SelfAttention.q, QuantizedLinear)
     assert quantize(once, "fp8").t5.encoder.block[0].layer[0].SelfAttention.q.kind == "int8"
 
 

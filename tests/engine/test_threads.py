@@ -17,7 +17,7 @@ from reference import clip_vision, ip_adapter_state, small_pipeline
 from safetensors.torch import save_file
 
 from miniflux import add_ip_adapter, add_lora, generate, load, quantize
-from miniflux.checkpoints.formats import only_shapes
+from miniflux.checkpoints.formats import meta_tensors
 from miniflux.engine.caching import cache
 from miniflux.engine.compiling import compile
 from miniflux.engine.features import NOT_AFTER, check_order, mark
@@ -143,7 +143,7 @@ def test_each_thread_has_an_attention_backend_of_its_own(flux):
 
 def test_threads_load_with_and_without_numbers_at_once(folder):
     def kind(i):
-        with only_shapes() if i % 2 else nullcontext():
+        with meta_tensors() if i % 2 else nullcontext():
             return {tensor.device.type for tensor in load(folder, device="cpu").mmdit.parameters() if tensor.ndim == 2}
 
     with pytest.MonkeyPatch.context() as patch:                                 # meta tensors are not moved to the CPU

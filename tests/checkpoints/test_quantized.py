@@ -20,7 +20,16 @@ from miniflux.checkpoints.blocks import BLOCKS, OTHER_BLOCKS
 from miniflux.checkpoints.gguf import PLAIN, read_gguf
 from miniflux.checkpoints.layouts import load_mmdit, load_t5
 from miniflux.checkpoints.names import T5_GGUF, mmdit_from_diffusers, mmdit_to_diffusers
-from miniflux.checkpoints.packed import BLOCK, FP4, NF4, Packed, PackedLinear, join, pack_state
+from miniflux.checkpoints.quantized import (
+    BLOCK,
+    FP4,
+    NF4,
+    QuantizedLinear,
+    QuantizedTensor,
+    concat,
+    gather_quantized,
+)
+from miniflux.networks.mmdit import MMDiTInputs
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
@@ -43,16 +52,18 @@ CONFIG = {"_class_name": "FluxTransformer2DModel", "num_layers": 1, "num_single_
 
 
 def forward(network, seed: int = 0) -> Tensor:
+    config = network.config
     ids = torch.tensor([[0, row, column] for row in range(2) for column in range(3)])
-    txt = network.config.context_in_dim
-    return network(randn(1, 6, 64), randn(1, 5, txt, seed=1), randn(1, network.config.vec_in_dim, seed=2), torch.tensor([0.4]),
-                   torch.tensor([3.5]), ids, torch.zeros(5, 3, dtype=torch.int64))
+    return network(MMDiTInputs(
+        img=randn(1, 6, 64), txt=randn(1, 5, config.context_in_dim, seed=1),
+        pooled=randn(1, config.vec_in_dim, seed=2), t=torch.tensor([0.4]), guidance=torch.tensor([3.5]),
+        img_ids=ids, txt_ids=torch.zeros(5, 3, dtype=torch.int64)))
 
 
 def unpacked(network) -> dict[str, Tensor]:
     """The weights that the layers compute with."""
     state = dict(network.named_parameters())
-    return state | {f"{name}.weight": module.weight for name, module in network.named_modules() if isinstance(module, PackedLinear)}
+    return state | {f"{name}.weight": module.weight for name, module in network.named_modules() if isinstance(module, QuantizedLinear)}
 
 
 # ---------------------------------------------------------------------------------------------------------------- GGUF
@@ -103,7 +114,7 @@ def test_a_transformer_in_gguf_computes_with_gguf_pys_numbers(tmp_path, kind):
             number = GGMLQuantizationType[kind]
             expected = torch.from_numpy(gguf.quants.dequantize(gguf.quants.quantize(tensor.contiguous().numpy(), number), number).copy())
         assert torch.equal(weights[name], expected), name
-    is_packed = isinstance(network.double_blocks[0].img_attn.qkv, PackedLinear)
+    is_packed = isinstance(network.double_blocks[0].img_attn.qkv, QuantizedLinear)
     assert is_packed == (kind in BLOCKS) and forward(network).isfinite().all()
 
 
@@ -190,7 +201,7 @@ def test_t5_in_gguf_is_t5(tmp_path):
     save_file(state, tmp_path / "t5.safetensors")
     plain, packed = load_t5(tmp_path / "t5.safetensors", "cpu", torch.float32), load_t5(path, "cpu", torch.float32)
     ids = torch.randint(0, 300, (2, 9), generator=torch.Generator().manual_seed(0))
-    assert isinstance(packed.encoder.block[1].layer[0].SelfAttention.q, PackedLinear)
+    assert isinstance(packed.encoder.block[1].layer[0].SelfAttention.q, QuantizedLinear)
     assert (packed(ids) - plain(ids)).abs().max() < 0.05 * plain(ids).abs().max()
 
 
@@ -222,7 +233,7 @@ def test_damaged_gguf_headers_are_refused_or_read_within_the_file(tmp_path):
             assert "\n" not in str(error) and len(str(error)) < len(str(path)) + 300
             continue
         read += 1
-        stored = [part for tensor in tensors.values() for part in (tensor.parts.values() if isinstance(tensor, Packed) else [tensor])]
+        stored = [part for tensor in tensors.values() for part in (tensor.parts.values() if isinstance(tensor, QuantizedTensor) else [tensor])]
         assert sum(part.numel() * part.dtype.itemsize for part in stored) <= 2 * len(data)
     assert read > 100
 
@@ -300,9 +311,9 @@ def bnb_numbers(stored: dict[str, Tensor], kind: str, shape) -> Tensor:
 def test_four_bits_are_a_table_times_the_largest_of_each_block(kind, nested):
     weight = randn(6, 128)
     stored = bnb_four_bits(weight, kind, nested)
-    packed = pack_state({f"a.weight{suffix}": tensor for suffix, tensor in stored.items()}, "file")["a.weight"]
-    assert torch.allclose(packed.unpack(), bnb_numbers(stored, kind, (6, 128)), atol=1e-6)
-    assert (packed.unpack() - weight).abs().max() < 0.6
+    packed = gather_quantized({f"a.weight{suffix}": tensor for suffix, tensor in stored.items()}, "file")["a.weight"]
+    assert torch.allclose(packed.dequantize(), bnb_numbers(stored, kind, (6, 128)), atol=1e-6)
+    assert (packed.dequantize() - weight).abs().max() < 0.6
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
@@ -315,7 +326,7 @@ def test_a_quantised_folder_of_diffusers_is_joined_without_unpacking(tmp_path, k
         elif kind == "nf4":
             parts = bnb_four_bits(tensor, "nf4", nested=True)
             stored |= {name + suffix: part for suffix, part in parts.items()}
-            expected[name] = pack_state({f"a.weight{suffix}": part for suffix, part in parts.items()}, "file")["a.weight"].unpack()
+            expected[name] = gather_quantized({f"a.weight{suffix}": part for suffix, part in parts.items()}, "file")["a.weight"].dequantize()
         else:
             scb = tensor.abs().amax(1)
             stored |= {name: (tensor * 127 / scb[:, None]).round().to(torch.int8), name.removesuffix("weight") + "SCB": scb,
@@ -326,7 +337,7 @@ def test_a_quantised_folder_of_diffusers_is_joined_without_unpacking(tmp_path, k
     (tmp_path / "config.json").write_text(json.dumps(config))
     network = load_mmdit(tmp_path, "cpu", torch.float32)
     weights = mmdit_to_diffusers(unpacked(network))
-    assert isinstance(network.double_blocks[0].img_attn.qkv, PackedLinear) and isinstance(network.single_blocks[0].linear1, PackedLinear)
+    assert isinstance(network.double_blocks[0].img_attn.qkv, QuantizedLinear) and isinstance(network.single_blocks[0].linear1, QuantizedLinear)
     assert all(torch.equal(weights[name], tensor) for name, tensor in expected.items())
 
 
@@ -345,18 +356,18 @@ def test_parts_that_lack_or_do_not_fit_get_one_sentence(spoil):
     state = {f"a.weight{suffix}": tensor for suffix, tensor in bnb_four_bits(randn(6, 128), "nf4", False).items()}
     spoil(state)
     with pytest.raises(ValueError, match=r"^file: [ab]\S* (is quantised in a form that is not read here|belongs to a weight that is not there)"):
-        pack_state(state, "file")
+        gather_quantized(state, "file")
 
 
 # ------------------------------------------------------------------------------------------------------ a whole model
 
 
 def test_joining_keeps_what_is_of_one_kind_packed():
-    weights = [pack_state({"a.weight": randn(n, 64, seed=n).to(torch.float8_e4m3fn)}, "file")["a.weight"] for n in (2, 3)]
-    joined = join(weights)
-    assert isinstance(joined, Packed) and joined.shape == (5, 64)
-    assert torch.equal(joined.unpack(), torch.cat([weight.unpack() for weight in weights]))
-    assert torch.equal(join([weights[0], randn(1, 64)]), torch.cat([weights[0].unpack(), randn(1, 64)]))
+    weights = [gather_quantized({"a.weight": randn(n, 64, seed=n).to(torch.float8_e4m3fn)}, "file")["a.weight"] for n in (2, 3)]
+    joined = concat(weights)
+    assert isinstance(joined, QuantizedTensor) and joined.shape == (5, 64)
+    assert torch.equal(joined.dequantize(), torch.cat([weight.dequantize() for weight in weights]))
+    assert torch.equal(concat([weights[0], randn(1, 64)]), torch.cat([weights[0].dequantize(), randn(1, 64)]))
 
 
 def test_a_single_file_with_a_whole_model_is_loaded(tmp_path):
@@ -392,5 +403,5 @@ def test_a_lora_changes_a_packed_model_and_goes_again(tmp_path):
     merged, unmerged = add_lora(flux, tmp_path / "lora.safetensors"), add_lora(flux, tmp_path / "lora.safetensors", merge=False)
     assert not torch.allclose(paint(merged), paint(flux), atol=1e-3)
     assert (paint(merged) - paint(unmerged)).abs().max() < 1e-4 * paint(merged).abs().max()
-    assert isinstance(merged.mmdit.txt_in.base, PackedLinear) and isinstance(merged.mmdit.img_in, PackedLinear)
+    assert isinstance(merged.mmdit.txt_in.base, QuantizedLinear) and isinstance(merged.mmdit.img_in, QuantizedLinear)
     assert torch.equal(paint(remove_lora(merged)), paint(flux))
