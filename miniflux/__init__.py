@@ -16,6 +16,7 @@ __version__ = "0.1.0"
 # Public name -> the file it lives in.
 _NAMES = {
     "load": "loading",
+    "save": "checkpoints.saving",
     "Flux": "flux",
     "FluxConfig": "flux",
     "generate": "generate",
