@@ -19,7 +19,7 @@ from .checkpoints.hub import find_network
 from .checks import check_number, quote, to_number
 from .devices import default_dtype, find_device
 from .flux import Flux
-from .images import Picture, fit, read_pictures, size_of
+from .imaging.images import Picture, fit, read_pictures, size_of
 from .latents import encode
 from .networks.controlnet import ControlNet, assign
 from .prompt import Prompt
