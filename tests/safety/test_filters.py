@@ -222,7 +222,7 @@ def test_a_flagged_picture_is_never_returned(models, filters):
     with pytest.raises(ValueError, match="picture 1 of 1 was stopped by the content filter"):
         generate(models[64], "owl", on_finish=stop_flagged(scripted(filters, 0.9, -1.0)), **keywords)
     assert len(generate(models[64], "owl", on_finish=stop_flagged(scripted(filters, 0.1, -1.0)), **keywords)) == 1
-    with pytest.raises(ValueError, match='on_finish looks at pictures, and output="latents" asks for none'):
+    with pytest.raises(ValueError, match='on_finish is given images, and output="latents" asks for none'):
         generate(models[64], "owl", on_finish=stop_flagged(filters), output="latents", **keywords)
 
 
