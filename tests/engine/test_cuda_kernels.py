@@ -1,48 +1,33 @@
-"""The CUDA kernels without a GPU: the very same source runs on the CPU, fiber by fiber (csrc/cuda/emulate.h, emulate_warp.h).
+"""The CUDA kernels without a GPU: the very same source runs on the CPU (emulator/).
 
-Oracle: the formula in float64. Then mistakes are planted in the source, and each must be seen."""
+Oracle: the formula in float64. Then mistakes are planted in the source; each must be detected."""
 
-import ctypes
-import shutil
-import subprocess
 from math import inf
-from pathlib import Path
 
 import pytest
 import torch
+from emulator.build import build, missing
+from emulator.run import arguments, run
 
 from miniflux.networks.attention import attention, rope_table
 
-ROOT = Path(__file__).resolve().parents[2]
 KERNELS = ("norm_rope", "naive", "tiles")
-# (B, H, S, D), text tokens: around the tiles' 32 queries and 32 keys, around the lanes' 32 and 64 channels
-SHAPES = [((1, 1, 1, 2), 0), ((2, 2, 33, 16), 5), ((1, 2, 31, 48), 31), ((1, 1, 64, 64), 0), ((1, 1, 70, 128), 9)]
+# (B, H, S, D), L: around the 32 queries and 32 keys of a tile, and 32 and 64 channels of lanes
+SHAPES = [
+    ((1, 1, 1, 2), 0), ((2, 2, 33, 16), 5), ((1, 2, 31, 48), 31), ((1, 1, 64, 64), 0),
+    ((1, 1, 70, 128), 9)]
 # around a block's 128 queries, a warp's 32, and tiles of 64 keys, or 32 where D is 128
-MMA_SHAPES = [((1, 1, 1, 32), 0), ((2, 2, 65, 32), 5), ((1, 1, 130, 32), 130), ((1, 2, 64, 64), 64), ((1, 1, 129, 64), 9),
-              ((1, 1, 16, 64), 0), ((1, 2, 33, 128), 31), ((2, 1, 32, 128), 0), ((1, 1, 97, 128), 40)]
+MMA_SHAPES = [
+    ((1, 1, 1, 32), 0), ((2, 2, 65, 32), 5), ((1, 1, 130, 32), 130), ((1, 2, 64, 64), 64),
+    ((1, 1, 129, 64), 9), ((1, 1, 16, 64), 0), ((1, 2, 33, 128), 31), ((2, 1, 32, 128), 0),
+    ((1, 1, 97, 128), 40)]
 # around a group's 64 queries, a block's 128, tiles of 128 keys, and the ring of two of them
-WGMMA_SHAPES = [((1, 1, 1, 64), 0), ((2, 2, 65, 64), 5), ((1, 2, 128, 64), 128), ((1, 1, 390, 64), 9), ((1, 1, 17, 128), 0),
-                ((1, 2, 129, 128), 40), ((2, 1, 300, 128), 31)]
-BOUNDS = {torch.bfloat16: 4e-3, torch.float16: 5e-4}                            # of what is rounded to 16 bits on its way
+WGMMA_SHAPES = [
+    ((1, 1, 1, 64), 0), ((2, 2, 65, 64), 5), ((1, 2, 128, 64), 128), ((1, 1, 390, 64), 9),
+    ((1, 1, 17, 128), 0), ((1, 2, 129, 128), 40), ((2, 1, 300, 128), 31)]
+BOUNDS = {torch.bfloat16: 4e-3, torch.float16: 5e-4}        # of values that are rounded to 16 bits
 
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None or not (ROOT / "csrc").is_dir(), reason="there is no g++, or no source here")
-
-
-def build(folder: Path, change: tuple[str, str, str] | None = None, *flags: str):
-    """The emulated kernels as a library; change: (file, what stands there, what stands there instead)."""
-    source = folder / "csrc"
-    shutil.copytree(ROOT / "csrc", source)
-    if change:
-        file, before, after = change
-        text = (source / "cuda" / file).read_text()
-        assert text.count(before) >= 1, f"{before!r} is not in {file} any more"
-        (source / "cuda" / file).write_text(text.replace(before, after, 1))
-    library = folder / "kernels.so"
-    subprocess.run(["g++", "-std=c++17", "-O1", "-fno-strict-aliasing", "-shared", "-fPIC", "-x", "c++", f"-I{source}", *flags,
-                    str(ROOT / "tests" / "engine" / "emulator" / "kernels.cpp"), "-o", str(library)], check=True)
-    loaded = ctypes.CDLL(str(library))
-    loaded.error.restype = ctypes.c_char_p
-    return loaded
+pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 
 
 def problem(shape, dtype=torch.float32):
@@ -51,29 +36,6 @@ def problem(shape, dtype=torch.float32):
     pe = rope_table(torch.randint(50, (S, 1), generator=draw), (D,), 10000.0).contiguous()
     return (torch.randn(B, S, 3, H, D, generator=draw).to(dtype), pe,
             *((1 + 0.3 * torch.randn(2, D, generator=draw)).to(dtype) for _ in range(2)))
-
-
-def state(qkv, text, image, pe, out, L: int):
-    """Sizes, steps and addresses, for C."""
-    B, S, _, H, D = qkv.shape
-    return ((ctypes.c_int64 * 9)(B, H, S, L, D, *qkv.stride()[:4]),
-            (ctypes.c_void_p * 5)(*(x.data_ptr() for x in (qkv, text, image, pe, out))))
-
-
-def run(library, kernel: str, qkv, pe, image, text, L: int, hasty: bool = False):
-    """The attention, or for norm_rope the changed qkv; None where it could not end or wrote where it must not. All around lies NaN."""
-    B, S, _, H, D = qkv.shape
-    rows = torch.full((B, S + 64, 3 * H * D + 8), torch.nan, dtype=qkv.dtype)   # 64 more tokens, 8 more numbers to each
-    inside = rows[:, :S, :-8].unflatten(-1, (3, H, D))
-    inside.copy_(qkv)
-    out = torch.full((B * S + 64, H * D), torch.nan, dtype=qkv.dtype)
-    name = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16_"}[qkv.dtype]
-    ended = getattr(library, name if hasattr(library, name) else "only")(
-        kernel.encode(), *state(inside, text, image, pe, out, L), ctypes.c_bool(hasty))
-    intact = torch.equal(inside[:, :, 2], qkv[:, :, 2]) and out[B * S:].isnan().all() and rows[:, S:].isnan().all()
-    if kernel in ("mma", "wgmma"):
-        intact &= torch.equal(inside[:, :, 0], qkv[:, :, 0])                    # it turns queries when it has read them
-    return None if not ended or not intact else inside if kernel == "norm_rope" else out[:B * S].view(B, S, -1)
 
 
 def expected(kernel: str, qkv, pe, image, text, L: int):
@@ -139,7 +101,7 @@ def test_tensor_cores_take_what_comes_in_pieces_of_16_bytes_and_leave_the_rest_t
         qkv, pe, image, text = problem((1, 1, 3, D), dtype)
         rows = torch.zeros(offset + 3 * (3 * D + gap), dtype=dtype)[offset:].view(1, 3, 3 * D + gap)[..., :3 * D].unflatten(-1, (3, 1, D))
         call = getattr(library, "mma_takes_" + {torch.float32: "float32", torch.float16: "float16"}.get(dtype, "bfloat16_"))
-        return bool(call(*state(rows, text, image, pe, torch.empty_like(rows), 0)))
+        return bool(call(*arguments(rows, text, image, pe, torch.empty_like(rows), 0)))
 
     assert takes() and takes(32) and takes(128, torch.float16) and takes(gap=8) and takes(offset=8)
     assert not any([takes(48), takes(96), takes(256), takes(dtype=torch.float32), takes(gap=4), takes(offset=1)])

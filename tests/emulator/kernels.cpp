@@ -1,4 +1,4 @@
-// The CUDA kernels on the CPU, by csrc/cuda/emulate.h: functions for ctypes.
+// The CUDA kernels on the CPU, by emulate.h: functions for ctypes.
 //
 // With -DONLY_TYPE=... -DONLY_CHANNELS=... for one type of numbers and one width of heads, which is compiled in a quarter of the time.
 

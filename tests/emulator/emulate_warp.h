@@ -4,7 +4,7 @@
 
 #pragma once
 
-#include "../cpu/bfloat16.h"
+#include "cpu/bfloat16.h"
 #include "emulate.h"
 
 using __half = _Float16;
