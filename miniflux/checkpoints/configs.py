@@ -115,11 +115,12 @@ def mmdit_config(values: dict, source: Path) -> MMDiTConfig:
 def controlnet_config(values: dict, source: Path) -> ControlNetConfig:
     """Sizes from a `FluxControlNetModel` config."""
     check_class(values, ("FluxControlNetModel",), source)
-    check_fixed(values, CONTROLNET.fixed, source)
+    # Note: XLabs' hint is cut into patches of 2x2; the latents of the others are patches already.
+    hint = values.get("conditioning_embedding_channels") is not None
+    check_fixed(values, CONTROLNET.fixed | {"patch_size": 2 if hint else 1}, source)
     # Note: diffusers' defaults are a whole copy of the transformer, and no modes.
     values = {"num_layers": 19, "num_single_layers": 38} | mmdit_values(values, source) | {
-        "num_mode": values.get("num_mode") or 0,
-        "hint": values.get("conditioning_embedding_channels") is not None}
+        "num_mode": values.get("num_mode") or 0, "hint": hint}
     names = MMDIT_FIELDS | {"modes": "num_mode", "hint": "hint"}
     return pick(ControlNetConfig, values, names, source)
 

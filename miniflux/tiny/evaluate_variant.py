@@ -21,15 +21,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from ..adapters.controlnet import load_controlnet
 from ..adapters.ip_adapter import add_ip_adapter
 from ..cli import Parser
 from ..command import command
 from ..control import control
-from ..controlnet import load_controlnet
 from ..fill import fill
 from ..flux import Flux
 from ..generate import generate
-from ..imaging.images import check_number, check_output, save
+from ..images import check_number, check_output, save
 from ..kontext_edit import kontext_edit
 from ..loading import load
 from ..networks.controlnet import ControlNet

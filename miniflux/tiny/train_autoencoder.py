@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..imaging.images import save, to_pil
+from ..images import save, to_pil
 from ..networks.autoencoder import Autoencoder, AutoencoderConfig
 from .glyphs import OBJECTS
 from .grounds import SIDE

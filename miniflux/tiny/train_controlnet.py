@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..controlnet import MODES
+from ..adapters.controlnet import MODES
 from ..flux import Flux
 from ..generate import generate
 from ..latents import encode

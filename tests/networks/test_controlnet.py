@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 
 from miniflux.checkpoints.building import WithoutInitialisation
 from miniflux.checkpoints.layouts import load_controlnet
-from miniflux.checkpoints.names import controlnet_from_any
 from miniflux.checkpoints.sizes import mmdit_sizes
+from miniflux.checkpoints.names import controlnet_from_any
 from miniflux.networks.controlnet import ControlNet, ControlNetConfig, assign
 from miniflux.sampling import image_ids, patchify, text_ids
 
@@ -71,6 +71,7 @@ def test_a_single_file_in_either_layout_is_the_same_net(tmp_path):
         patch_size=1, in_channels=64, num_layers=2, num_single_layers=0, attention_head_dim=32, num_attention_heads=2,
         joint_attention_dim=32, pooled_projection_dim=24, guidance_embeds=True, axes_dims_rope=(4, 14, 14),
         conditioning_embedding_channels=16), 3)
+    theirs.register_to_config(patch_size=2)     # of the hint, as XLabs' config has it
     theirs.save_pretrained(tmp_path / "folder")
     folder = load_controlnet(tmp_path / "folder")
     save_file({name.replace("controlnet_x_embedder", "pos_embed_input"): tensor.contiguous()
@@ -98,7 +99,7 @@ def test_a_damaged_file_gets_one_sentence(tmp_path, spoil, sentence):
 
 
 def test_a_folder_of_something_else_gets_one_sentence(tmp_path):
-    with pytest.raises(ValueError, match="has no config.json and 0 safetensors files"):
+    with pytest.raises(ValueError, match="has no safetensors file: expected a ControlNet"):
         load_controlnet(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"_class_name": "FluxTransformer2DModel"}))
     with pytest.raises(ValueError, match="describes a 'FluxTransformer2DModel', expected a FluxControlNetModel"):

@@ -8,7 +8,7 @@ import torch
 from diffusers import FluxControlNetModel
 
 from miniflux import generate, load, load_controlnet
-from miniflux.controlnet import MODES
+from miniflux.adapters.controlnet import MODES
 from miniflux.networks.mmdit import MMDiTInputs
 from miniflux.sampling import image_ids, text_ids
 from miniflux.tiny import train, train_controlnet

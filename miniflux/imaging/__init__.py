@@ -1,1 +1,0 @@
-"""Images: reading and saving, masks, control images, previews, watermark and metadata."""
