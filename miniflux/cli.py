@@ -36,15 +36,15 @@ from .engine.offload import offload
 from .engine.quantize import FORMATS, quantize
 from .engine.tiling import tile
 from .flux import SCHEDULES, Flux
-from .images import SIDES, check_output, number, rescue, save, strip, to_pil
-from .info import marks, spell
+from .imaging.images import SIDES, check_output, number, rescue, save, strip, to_pil
+from .imaging.info import marks, spell
+from .imaging.masks import blur_mask, expand_canvas, mask_from_alpha
+from .imaging.watermark import MESSAGE, add_watermark
 from .latents import decode
 from .loading import assemble, load, with_schedule
-from .masks import blur_mask, expand_canvas, mask_from_alpha
 from .prompt import encode_prompt
 from .sampling import SAMPLERS, OnFinish, seeds_from
 from .settings import DEFAULTS, DISTILLED_STEPS, MAX_SEED
-from .watermark import MESSAGE, add_watermark
 
 PICTURES = ("image", "reference", "control_image", "canny", "depth", "ip_image", "negative_ip_image")  # flags that name some
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -164,7 +164,7 @@ def parser(task: str, description: str, prompt: bool = True) -> TaskParser:
     p.add_argument("--compile", action="store_true", help="compile the transformer's blocks, which takes a minute (default: off)")
     p.add_argument("--shard", action="store_true", help="with torchrun: each process keeps only its share of the weights (default: off)")
     p.add_argument("--preview", action="store_true", help="also write the picture expected at each step (default: off)")
-    p.add_argument("--preview-with", metavar="FILE", help="the same without decoding, by a map of miniflux.preview or TAEF1 (default: off)")
+    p.add_argument("--preview-with", metavar="FILE", help="the same without decoding, by a map of `miniflux preview` or TAEF1 (default: off)")
     p.add_argument("--safety", nargs="+", metavar="FILTER", help="stop pictures that this classifier flags, such as "
                    "Falconsai/nsfw_image_detection, or that a Pixtral named after it does, and its prompts (default: no filter)")
     p.add_argument("--watermark", action="store_true", help="hide the original's invisible watermark in the picture (default: off)")
@@ -294,7 +294,7 @@ def run(p: Parser, paint: Callable, inputs: Callable[[Flux, argparse.Namespace],
             flux = adapt(flux, args)
         look = partial(decode, flux)
         if args.preview_with:
-            from .preview import load_preview
+            from .imaging.preview import load_preview
             look = load_preview(args.preview_with, flux)
         keywords = asked(flux, args, paint) | inputs(flux, args)
         if at_once < count:                                 # the text is encoded once for all pictures
@@ -389,7 +389,7 @@ def on_finish(args: argparse.Namespace) -> OnFinish | None:
     """What is done with the finished pictures: filtered, then marked. Also filters what the flags give: the prompt and the pictures."""
     steps: list[OnFinish] = []
     if args.safety:
-        from .safety import is_flagged, load_filters, stop_flagged
+        from .safety.filters import is_flagged, load_filters, stop_flagged
 
         if len(args.safety) > 2:
             raise ValueError(f"--safety has {len(args.safety)} filters: expected a classifier and at most one Pixtral")

@@ -2,7 +2,7 @@
 
     @command
     def main(argv: list[str] | None = None) -> None:
-        parser = Parser(prog="python -m miniflux.canny", description="Find the edges of an image.")
+        parser = Parser(prog="miniflux canny", description="Find the edges of an image.")
         args = parser.parse_args(argv)
         ...
         say(args.output)

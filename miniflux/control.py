@@ -13,14 +13,14 @@ from argparse import Namespace
 
 from typing_extensions import Unpack
 
-from .canny import canny
 from .command import command
-from .depth import depth, load_depth
 from .flux import Flux
 from .generate import sample
-from .images import Picture, Pictures, fit, natural_size, read_pictures, size_of
+from .imaging.canny import canny
+from .imaging.depth import depth, load_depth
+from .imaging.images import Picture, Pictures, fit, natural_size, read_pictures, size_of
+from .imaging.masks import fit_masks, latent_mask, read_masks
 from .latents import encode
-from .masks import fit_masks, latent_mask, read_masks
 from .prompt import Text
 from .sampling import Conditions, patchify
 from .settings import Settings, resolve, task
@@ -85,7 +85,7 @@ def main() -> None:
     source.add_argument("--canny", help="a photo: its edges are the control picture")
     source.add_argument("--depth", help="a photo: its depths, which --depth-model tells, are the control picture")
     parser.add_argument("--depth-model", help="the folder or Hub id of a Depth Anything (default: none)")
-    parser.add_argument("--depth-standard", action="store_true", help="as in the original repository; see miniflux.depth (default: off)")
+    parser.add_argument("--depth-standard", action="store_true", help="as in the original repository; see `miniflux depth --help` (default: off)")
     parser.add_argument("--thresholds", type=float, nargs=2, default=(50, 200), metavar=("LOW", "HIGH"),
                         help="of the edges' strength (default 50 200)")
     parser.add_argument("--image", help="a picture to begin from (default: none)")

@@ -17,9 +17,9 @@ from .checks import check_switch
 from .command import command
 from .flux import Flux
 from .generate import sample
-from .images import Picture, Pictures, fit, read_pictures, size_of, to_tensor
+from .imaging.images import Picture, Pictures, fit, read_pictures, size_of, to_tensor
+from .imaging.masks import feather, fit_masks, paste, read_masks
 from .latents import encode
-from .masks import feather, fit_masks, paste, read_masks
 from .prompt import Text
 from .sampling import Conditions, patchify
 from .settings import Settings, resolve, task

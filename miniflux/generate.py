@@ -14,7 +14,7 @@ from typing_extensions import Unpack
 
 from .command import command
 from .flux import Flux
-from .images import Pictures, log, to_pil
+from .imaging.images import Pictures, log, to_pil
 from .latents import decode
 from .prompt import Prompt, Text, encode_prompt, match, repeat
 from .sampling import (

@@ -12,7 +12,7 @@ from typing_extensions import Unpack
 from .command import command
 from .flux import Flux
 from .generate import sample
-from .images import Picture, Pictures, fit, read_pictures, size_of
+from .imaging.images import Picture, Pictures, fit, read_pictures, size_of
 from .latents import encode
 from .prompt import Text
 from .settings import AdapterSettings, resolve, task

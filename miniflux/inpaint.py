@@ -14,9 +14,9 @@ from typing_extensions import Unpack
 from .command import command
 from .flux import Flux
 from .generate import sample
-from .images import Picture, Pictures, fit, read_pictures, size_of
+from .imaging.images import Picture, Pictures, fit, read_pictures, size_of
+from .imaging.masks import around_mask, fit_masks, latent_mask, read_masks
 from .latents import encode
-from .masks import around_mask, fit_masks, latent_mask, read_masks
 from .prompt import Text
 from .settings import AdapterSettings, resolve, task
 

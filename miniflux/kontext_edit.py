@@ -14,7 +14,7 @@ from .checks import check_number, check_switch
 from .command import command
 from .flux import Flux
 from .generate import sample
-from .images import (
+from .imaging.images import (
     MAX_SIDE,
     Picture,
     Pictures,

@@ -21,7 +21,7 @@ from .checkpoints.finding import (
 from .devices import default_dtype, find_device
 from .files import read_json
 from .flux import SCHEDULES, Flux, FluxConfig, Schedule
-from .images import check_number, log
+from .imaging.images import check_number, log
 from .networks.mmdit import MMDiT, timestep_embedding
 from .tokenizers import CLIPTokenizer, T5Tokenizer
 

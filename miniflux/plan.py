@@ -29,7 +29,7 @@ from .engine import offload
 from .engine.modulation import LIMIT, precompute_modulation
 from .engine.quantize import quantize
 from .flux import Flux, FluxConfig
-from .images import check_number, check_side, log
+from .imaging.images import check_number, check_side, log
 from .loading import assemble
 from .networks.autoencoder import Autoencoder
 from .networks.clip import CLIPText

@@ -16,7 +16,7 @@ from .checks import check_number, to_number
 from .command import command
 from .flux import Flux
 from .generate import sample
-from .images import BICUBIC, Picture, Pictures, fit, read_each
+from .imaging.images import BICUBIC, Picture, Pictures, fit, read_each
 from .prompt import Prompt, encode_prompt, move, text_length
 from .settings import Settings, check_model, resolve, task
 

@@ -21,7 +21,7 @@ from .adapters.controlnet import Control, Controls, control_size, read_controls,
 from .adapters.ip_adapter import IPImage, IPImages, IPScale, image_keys_values, read_ip_images
 from .checks import check_function, check_number, check_switch, quote
 from .flux import Flux
-from .images import OUTPUTS, check_side, natural_size, round_size
+from .imaging.images import OUTPUTS, check_side, natural_size, round_size
 from .latents import check_autoencoder
 from .prompt import Prompt, Text, check_prompt
 from .sampling import SAMPLERS, Conditions, OnFinish, OnStep, once_a_state

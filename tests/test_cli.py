@@ -13,8 +13,9 @@ import pytest
 import torch
 from PIL import Image
 
-from miniflux import add_lora, cli, generate, images, load, quantize
+from miniflux import add_lora, cli, generate, load, quantize
 from miniflux.command import command
+from miniflux.imaging import images
 
 
 @pytest.fixture(scope="module")

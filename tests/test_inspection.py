@@ -7,7 +7,15 @@ import pytest
 import torch
 
 import miniflux
-from miniflux import add_lora, generate, inspection, kontext_edit, load, precompute_modulation, quantize
+from miniflux import (
+    add_lora,
+    generate,
+    inspection,
+    kontext_edit,
+    load,
+    precompute_modulation,
+    quantize,
+)
 from miniflux.inspection import pieces, watch, words
 
 HALF = dict(width=96, height=64, steps=2, seed=3, output="latents", progress=False)

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_iter
 
 from miniflux import Prompt, generate, load
 from miniflux.checkpoints.formats import meta_tensors, read_safetensors
+from miniflux.checkpoints.saving import write_mmdit
 from miniflux.engine.offload import change_networks, offload, slots
 from miniflux.engine.quantize import quantize
 from miniflux.flux import Flux, FluxConfig
@@ -24,8 +25,17 @@ from miniflux.networks.attention import attention_backend
 from miniflux.networks.autoencoder import Autoencoder, AutoencoderConfig
 from miniflux.networks.mmdit import MMDiT, MMDiTConfig, MMDiTInputs
 from miniflux.networks.t5 import T5, T5Config
-from miniflux.plan import GIB, MARGIN, WAYS, activations, expect, main, nbytes, report, without_numbers
-from miniflux.tiny.export import write_mmdit
+from miniflux.plan import (
+    GIB,
+    MARGIN,
+    WAYS,
+    activations,
+    expect,
+    main,
+    nbytes,
+    report,
+    without_numbers,
+)
 
 SMALL = dict(width=64, height=48, steps=2, max_text_tokens=8, output="tensor", progress=False)
 

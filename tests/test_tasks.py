@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from reference import small_pipeline, small_redux
-from test_images import SHARED
+from samples import SHARED
 
 from miniflux import (
     add_redux,
@@ -26,7 +26,7 @@ from miniflux import (
     redux,
     redux_prompt,
 )
-from miniflux.images import fit
+from miniflux.imaging.images import fit
 from miniflux.kontext_edit import PREFERRED, reference_size
 from miniflux.latents import encode
 

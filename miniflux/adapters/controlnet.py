@@ -20,7 +20,7 @@ from ..checkpoints.hub import find_network
 from ..checks import check_number, quote, to_number
 from ..devices import default_dtype, find_device
 from ..flux import Flux
-from ..images import Picture, fit, read_pictures, size_of
+from ..imaging.images import Picture, fit, read_pictures, size_of
 from ..latents import encode
 from ..networks.controlnet import ControlNet, assign
 from ..prompt import Prompt
@@ -34,7 +34,7 @@ class Control(NamedTuple):
     """One ControlNet of a call. A plain tuple will do as well, and may leave out its last items."""
 
     net: ControlNet
-    image: Picture | list[Picture]    # the control image (edges, depths, ...), or one per prompt
+    image: Picture | list[Picture]      # the control image (edges, depths, ...), or one per prompt
     scale: float = 1.0                  # of the residuals, in [-100, 100]
     start: float = 0.0                  # the part of the steps in which the net acts, in [0, 1]
     end: float = 1.0

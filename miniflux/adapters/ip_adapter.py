@@ -25,7 +25,16 @@ from ..checkpoints.layouts import CLIP_VISION, load_clip_vision
 from ..checkpoints.names import count
 from ..checks import check_number, quote, to_number
 from ..flux import Flux
-from ..images import BICUBIC, CLIP_COLOURS, Picture, Pixels, as_pil, fit, read_each, standardise
+from ..imaging.images import (
+    BICUBIC,
+    CLIP_COLOURS,
+    Picture,
+    Pixels,
+    as_pil,
+    fit,
+    read_each,
+    standardise,
+)
 from ..networks.mmdit import KeysValues
 
 # Names in XLabs' files and in those that diffusers reads besides -> ours.

@@ -29,7 +29,7 @@ from ..checkpoints.quantized import QuantizedLinear
 from ..checks import check_number
 from ..command import command, say, tell
 from ..flux import Flux
-from ..images import log
+from ..imaging.images import log
 from ..networks.layers import Linear
 from .dialects import targets
 from .lora_changes import (

@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ..checkpoints.saving import write_mmdit
 from ..engine.quantize import quantize
 from ..flux import Flux, FluxConfig
 from ..networks.mmdit import MMDiT, MMDiTConfig, MMDiTInputs
-from ..tiny.export import write_mmdit
 
 TORCHAO = {"int8": "Int8WeightOnlyConfig", "int8-dynamic": "Int8DynamicActivationInt8WeightConfig"}
 ROUNDS = 6

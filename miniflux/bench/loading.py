@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 
 from ..checkpoints.layouts import load_mmdit
+from ..checkpoints.saving import write_mmdit
 from ..networks.mmdit import MMDiT, MMDiTConfig
-from ..tiny.export import write_mmdit
 from .measuring import in_fresh_process, peak_resident, reset_peak, resident
 
 

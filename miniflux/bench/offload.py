@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from ..checkpoints.formats import read_safetensors
+from ..checkpoints.saving import write_mmdit
 from ..networks.mmdit import MMDiT, MMDiTConfig, MMDiTInputs
-from ..tiny.export import write_mmdit
 from .measuring import in_fresh_process, peak_resident, reset_peak
 
 CONFIG = MMDiTConfig(context_in_dim=256, vec_in_dim=64, hidden_size=1536, num_heads=12, depth=4,

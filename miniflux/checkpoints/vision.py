@@ -188,7 +188,7 @@ def transformer_config(values: dict, source: Path) -> TransformerConfig:
 
 
 def read_preview(path: Path, device="cpu") -> Tensor | None:
-    """The map (3, channels + 1) of a file of `miniflux.preview`; None for another one."""
+    """The map (3, channels + 1) of a file of `miniflux preview`; None for another one."""
     if path.is_dir() or "preview" not in (state := read_safetensors(path)):
         return None
     table = state["preview"]
@@ -207,5 +207,5 @@ def load_taef1(path: Path, device="cpu", dtype=None) -> TAEF1Decoder:
         state = {re.sub(r"^\d+", lambda number: f"layers.{int(number[0]) - 1}", name): tensor for name, tensor in state.items()}
     first = state.get("layers.0.weight")
     if first is None or first.ndim != 4 or 0 in first.shape:
-        raise ValueError(f"{path} is neither a preview map nor TAEF1's decoder: fit a map by python -m miniflux.preview")
+        raise ValueError(f"{path} is neither a preview map nor TAEF1's decoder: fit a map by miniflux preview")
     return build(TAEF1Decoder, len(first), state, path, device, dtype)

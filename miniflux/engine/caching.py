@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ..flux import Flux
-from ..images import check_number
+from ..imaging.images import check_number
 from ..networks.mmdit import MMDiT, MMDiTInputs
 from .distributed import all_reduce_sum
 from .features import check_order, mark

@@ -7,9 +7,9 @@ one 57 blocks long, and all that surrounds blocks, such as LoRAs beside their we
 symbols in the graphs. Seam: model -> model. Reference: diffusers' `compile_repeated_blocks`.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from ..checkpoints.formats import spill
 from ..checkpoints.quantized import QuantizedLinear
-from ..flux import Flux
 from ..devices import find_device
+from ..flux import Flux
 from ..networks.autoencoder import Autoencoder
 from ..networks.mmdit import MMDiT
 from ..networks.siglip import SigLIP

@@ -12,7 +12,17 @@ from dataclasses import replace
 
 from .glyphs import COLOURS, OBJECTS, RECOLOURABLE
 from .grounds import GROUNDS, PLAIN, SCENIC, SIDE
-from .scenes import GRID, Placed, Scene, article, canonical_form, enumerated, is_held_out, is_visible, sample_scene
+from .scenes import (
+    GRID,
+    Placed,
+    Scene,
+    article,
+    canonical_form,
+    enumerated,
+    is_held_out,
+    is_visible,
+    sample_scene,
+)
 from .styles import STYLES
 
 

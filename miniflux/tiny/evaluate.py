@@ -26,7 +26,7 @@ from .. import cli
 from ..command import command
 from ..flux import Flux
 from ..generate import generate
-from ..images import check_number, check_output, save, to_pil
+from ..imaging.images import check_number, check_output, save, to_pil
 from ..latents import decode
 from ..loading import load
 from .glyphs import OBJECTS, RECOLOURABLE

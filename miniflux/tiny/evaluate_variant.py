@@ -29,7 +29,7 @@ from ..control import control
 from ..fill import fill
 from ..flux import Flux
 from ..generate import generate
-from ..images import check_number, check_output, save
+from ..imaging.images import check_number, check_output, save
 from ..kontext_edit import kontext_edit
 from ..loading import load
 from ..networks.controlnet import ControlNet

@@ -11,7 +11,6 @@ from PIL import Image, ImageDraw
 from ..adapters.controlnet import load_controlnet
 from ..adapters.ip_adapter import add_ip_adapter
 from ..adapters.lora import add_lora
-from ..canny import canny
 from ..checkpoints.finding import shipped_models
 from ..cli import Parser
 from ..command import command
@@ -19,7 +18,8 @@ from ..control import control
 from ..fill import fill
 from ..generate import generate
 from ..image_to_image import image_to_image
-from ..images import check_output, save
+from ..imaging.canny import canny
+from ..imaging.images import check_output, save
 from ..inpaint import inpaint
 from ..kontext_edit import kontext_edit
 from ..loading import load

@@ -13,7 +13,7 @@ from dataclasses import replace
 import numpy as np
 from PIL import Image, ImageFilter
 
-from ..canny import canny
+from ..imaging.canny import canny
 from .grounds import SIDE
 from .scenes import Scene, object_masks, render, sample_scene
 

@@ -258,7 +258,7 @@ def samples(seed: int) -> list[tuple[np.ndarray, str]]:
 @command
 def main() -> None:
     from ..cli import Parser
-    from ..images import check_output, save
+    from ..imaging.images import check_output, save
 
     parser = Parser(prog="python -m miniflux.tiny.scenes", description="Paint a sheet of scenes.")
     parser.add_argument("--seed", type=int, default=0, help="of the first scene (default 0)")

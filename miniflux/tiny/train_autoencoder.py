@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..images import save, to_pil
+from ..imaging.images import save, to_pil
 from ..networks.autoencoder import Autoencoder, AutoencoderConfig
 from .glyphs import OBJECTS
 from .grounds import SIDE

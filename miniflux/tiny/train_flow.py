@@ -23,8 +23,8 @@ from ..networks.autoencoder import Autoencoder
 from ..networks.clip import CLIPConfig, CLIPText
 from ..networks.mmdit import MMDiT, MMDiTConfig, MMDiTInputs, Modulation
 from ..networks.t5 import T5, T5Config
-from ..tokenizers import CLIPTokenizer, T5Tokenizer
 from ..sampling import image_ids, patchify, text_ids
+from ..tokenizers import CLIPTokenizer, T5Tokenizer
 from .scenes import render, sample_scene
 from .train_autoencoder import to_tensor
 from .training import train, write_sheet

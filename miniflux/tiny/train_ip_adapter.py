@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..adapters.ip_adapter import IPAdapter, IPAdapterConfig
 from ..flux import Flux
 from ..generate import generate
-from ..images import CLIP_COLOURS, standardise
+from ..imaging.images import CLIP_COLOURS, standardise
 from ..latents import encode
 from ..networks.attention import attention_backend
 from ..networks.clip import CLIPVision, CLIPVisionConfig

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..engine.distributed import is_distributed, is_rank_zero
-from ..images import save
+from ..imaging.images import save
 from .optimizers import make_optimizers
 from .scenes import contact_sheet
 

@@ -77,6 +77,7 @@ class CLIPTokenizer:
             raise ValueError(f"CLIP's vocabulary lacks its padding token {pad!r:.60}")
         self.max_length = max_length
         self.start, self.end, self.pad = self.vocab[START], self.vocab[END], self.vocab[pad]
+        self.added = tokens
         self.typed, self.normalised = split_at(tokens, normalise_clip)
         self.ranks = {pair: rank for rank, pair in enumerate(merges)}
         self.symbols = byte_symbols()

@@ -48,6 +48,7 @@ class T5Tokenizer:
         ids = {token.content: token.id for token in added}
         ids |= {piece: number for piece, (number, _) in self.pieces.items()}
         added = [replace(token, id=ids[token.content]) for token in added]
+        self.added, self.charsmap = added, charsmap
         self.special = {token.content: token.id for token in added}
         if pad not in ids:
             raise ValueError(f"T5's vocabulary lacks its padding token {pad!r:.60}")

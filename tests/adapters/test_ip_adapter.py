@@ -12,7 +12,13 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPImageProcessor
 
 from miniflux import add_ip_adapter, add_lora, generate, load, remove_lora
-from miniflux.adapters.ip_adapter import IPAdapter, IPAdapterConfig, clip_vectors, config_from_tensors, rename
+from miniflux.adapters.ip_adapter import (
+    IPAdapter,
+    IPAdapterConfig,
+    clip_vectors,
+    config_from_tensors,
+    rename,
+)
 from miniflux.checkpoints.building import WithoutInitialisation
 from miniflux.checkpoints.layouts import load_clip_vision
 from miniflux.networks.clip import CLIPVision

@@ -4,7 +4,12 @@ import weakref
 
 import pytest
 import torch
-from diffusers import FirstBlockCacheConfig, FluxKontextPipeline, FluxPipeline, TaylorSeerCacheConfig
+from diffusers import (
+    FirstBlockCacheConfig,
+    FluxKontextPipeline,
+    FluxPipeline,
+    TaylorSeerCacheConfig,
+)
 from diffusers.hooks.hooks import CacheContext, _set_cache_context
 from PIL import Image
 from pipelines import difference, mean_of_the_posterior  # noqa: F401

@@ -16,7 +16,17 @@ from reference import clip_vision, controlnet, ip_adapter_state, small_pipeline,
 from safetensors.torch import save_file
 from torch import nn
 
-from miniflux import Prompt, add_ip_adapter, add_lora, add_redux, generate, image_to_image, load, load_controlnet, redux
+from miniflux import (
+    Prompt,
+    add_ip_adapter,
+    add_lora,
+    add_redux,
+    generate,
+    image_to_image,
+    load,
+    load_controlnet,
+    redux,
+)
 from miniflux.checkpoints import formats
 from miniflux.checkpoints.formats import read_safetensors
 from miniflux.checkpoints.quantized import QuantizedLinear
@@ -24,9 +34,9 @@ from miniflux.engine import offload as module
 from miniflux.engine.modulation import PrecomputedModulation
 from miniflux.engine.offload import MODES, Offloader, change_networks, offload, offload_units, slots
 from miniflux.engine.pages import is_within, mapped_ranges
-from miniflux.engine.wrapping import wrap_in_place
 from miniflux.engine.quantize import quantize
 from miniflux.engine.tiling import tile
+from miniflux.engine.wrapping import wrap_in_place
 from miniflux.flux import Flux, FluxConfig
 from miniflux.networks.mmdit import MMDiT, MMDiTConfig
 from miniflux.prompt import encode_prompt

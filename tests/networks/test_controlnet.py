@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 
 from miniflux.checkpoints.building import WithoutInitialisation
 from miniflux.checkpoints.layouts import load_controlnet
-from miniflux.checkpoints.sizes import mmdit_sizes
 from miniflux.checkpoints.names import controlnet_from_any
+from miniflux.checkpoints.sizes import mmdit_sizes
 from miniflux.networks.controlnet import ControlNet, ControlNetConfig, assign
 from miniflux.sampling import image_ids, patchify, text_ids
 

@@ -7,7 +7,12 @@ import pytest
 import torch
 from reference_vision import CONTROL, MISTRAL_PIECES, small_pixtral, tokenizer
 from safetensors.torch import load_file, save_file
-from transformers import LlavaConfig, LlavaForConditionalGeneration, MistralConfig, PixtralVisionConfig
+from transformers import (
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    MistralConfig,
+    PixtralVisionConfig,
+)
 
 from miniflux.checkpoints.vision import PIXTRAL_NAMES, load_pixtral, rename
 from miniflux.networks.pixtral import Pixtral, interleave_halves

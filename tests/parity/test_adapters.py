@@ -16,7 +16,14 @@ from pipelines import box_mask, difference, mean_of_the_posterior, picture  # no
 from reference import clip_vision, controlnet, ip_adapter_state, small_pipeline
 from safetensors.torch import save_file
 
-from miniflux import add_ip_adapter, generate, image_to_image, inpaint, kontext_edit, load_controlnet
+from miniflux import (
+    add_ip_adapter,
+    generate,
+    image_to_image,
+    inpaint,
+    kontext_edit,
+    load_controlnet,
+)
 
 BOUND = 1e-3
 

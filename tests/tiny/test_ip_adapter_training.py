@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from miniflux import add_ip_adapter, generate, load
 from miniflux.adapters.ip_adapter import clip_vectors
 from miniflux.checkpoints.hub import SHIPPED
-from miniflux.images import read_pictures
+from miniflux.imaging.images import read_pictures
 from miniflux.prompt import encode_prompt
 from miniflux.tiny import towers, train, train_ip_adapter
 from miniflux.tiny.edits import describe, named

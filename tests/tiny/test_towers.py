@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from miniflux import load
-from miniflux.images import CLIP_COLOURS
+from miniflux.imaging.images import CLIP_COLOURS
 from miniflux.prompt import Prompt, encode_prompt
 from miniflux.tiny import towers, train_ip_adapter, train_redux
 from miniflux.tiny.scenes import render, sample_scene

@@ -11,11 +11,11 @@ from torch import nn
 from miniflux import generate, load
 from miniflux.checkpoints.hub import SHIPPED
 from miniflux.checkpoints.layouts import load_autoencoder
-from miniflux.tokenizers import CLIPTokenizer, T5Tokenizer
 from miniflux.tiny import train as command
 from miniflux.tiny import train_flow
 from miniflux.tiny.train_flow import Painter, noisy, taken_over
 from miniflux.tiny.training import learning_rate_factor, train
+from miniflux.tokenizers import CLIPTokenizer, T5Tokenizer
 
 
 def regression() -> tuple[nn.Module, object]:

@@ -1,6 +1,6 @@
 """Provenance: what a picture says of its making, and the command that repeats it.
 
-    python -m miniflux.info fox.png
+    miniflux info fox.png
 
 A PNG carries its prompt, seed and settings as text. Every format carries the EXIF marks of the original repository: that it was
 generated, by which model, and after which prompt (`--no-metadata` leaves out all but the first two). The watermark, see
@@ -14,10 +14,10 @@ import shlex
 
 from PIL import Image
 
-from .checkpoints.hub import OFFICIAL
-from .command import command
+from ..checkpoints.hub import OFFICIAL
+from ..command import command
+from ..settings import DEFAULTS
 from .images import open_picture, to_rgb, to_tensor
-from .settings import DEFAULTS
 from .watermark import MESSAGE, read_watermark
 
 DESCRIPTION, MAKE, MODEL, SOFTWARE = 0x010E, 0x010F, 0x0110, 0x0131
@@ -98,9 +98,9 @@ def has_watermark(image: Image.Image) -> bool:
 
 @command
 def main() -> None:
-    from . import cli
+    from .. import cli
 
-    parser = cli.Parser(prog="python -m miniflux.info", description="Say what a picture tells of its making.")
+    parser = cli.Parser(prog="miniflux info", description="Say what a picture tells of its making.")
     parser.add_argument("picture", help="the picture to look at")
     args = parser.parse_args()
     try:

@@ -1,6 +1,6 @@
 """Previews: how a picture emerges, without the autoencoder's decoder.
 
-    python -m miniflux.preview photos/*.png --model dev --output dev-preview.safetensors
+    miniflux preview photos/*.png --model dev --output dev-preview.safetensors
     python -m miniflux.generate "a fox" --model dev --preview-with dev-preview.safetensors
 
 Sixteen latent numbers stand for 8x8 pixels, and a linear map of them (48 numbers and 3 biases) gives their mean colour fairly well:
@@ -17,13 +17,13 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .checkpoints.hub import find_network
-from .checkpoints.vision import load_taef1, read_preview
-from .command import command
-from .flux import Flux
+from ..checkpoints.hub import find_network
+from ..checkpoints.vision import load_taef1, read_preview
+from ..command import command
+from ..flux import Flux
+from ..latents import encode
+from ..loading import load
 from .images import Picture, fit, natural_size, read_each, size_of
-from .latents import encode
-from .loading import load
 
 
 def fit_preview(flux: Flux, pictures: Picture | list[Picture]) -> Tensor:
@@ -51,7 +51,7 @@ def load_preview(source: str | os.PathLike, flux: Flux) -> Callable[[Tensor], Te
         return lambda z: decoder(z.to(next(decoder.parameters()))).float().clamp(0, 1)
     if table.shape[1] != flux.mmdit.config.out_channels // 4 + 1:
         raise ValueError(f"{path} maps {table.shape[1] - 1} latent channels, the model has {flux.mmdit.config.out_channels // 4}: "
-                         "fit one with it by python -m miniflux.preview")
+                         "fit one with it by miniflux preview")
     return lambda z: linear_preview(table, z)
 
 
@@ -63,9 +63,9 @@ def linear_preview(table: Tensor, z: Tensor) -> Tensor:
 
 @command
 def main() -> None:
-    from . import cli
+    from .. import cli
 
-    parser = cli.Parser(prog="python -m miniflux.preview", description="Fit the map from latents to colours on some pictures.")
+    parser = cli.Parser(prog="miniflux preview", description="Fit the map from latents to colours on some pictures.")
     parser.add_argument("pictures", nargs="+", help="what to fit it on: some photos, or what the model has painted")
     parser.add_argument("--model", default="tiny", help="whose autoencoder; a name, a Hub id or a folder (default tiny)")
     parser.add_argument("--output", default="preview.safetensors", help="the file to write (default preview.safetensors)")

@@ -17,8 +17,8 @@ import torch
 from PIL import Image, ImageCms, ImageOps, PngImagePlugin
 from torch import Tensor
 
-from .checks import check_number as check_number
-from .checks import quote, to_number
+from ..checks import check_number as check_number
+from ..checks import quote, to_number
 
 log = logging.getLogger("miniflux")
 

@@ -22,9 +22,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .checkpoints.vision import find_folder, load_pixtral, load_vit_classifier
-from .devices import find_device
-from .images import (
+from ..checkpoints.vision import find_folder, load_pixtral, load_vit_classifier
+from ..devices import find_device
+from ..imaging.images import (
     BICUBIC,
     CLIP_COLOURS,
     Picture,
@@ -35,9 +35,9 @@ from .images import (
     standardise,
     to_tensor,
 )
-from .networks.pixtral import Pixtral
-from .networks.vit_classifier import ViTClassifier
-from .tokenizers.pixtral import PixtralTokenizer
+from ..networks.pixtral import Pixtral
+from ..networks.vit_classifier import ViTClassifier
+from ..tokenizers.pixtral import PixtralTokenizer
 
 THRESHOLD = 0.85
 AREA, LONGEST = 512 ** 2, 1024     # pixels that Pixtral is shown, and the most a side may have

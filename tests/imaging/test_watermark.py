@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_images import SHARED
+from samples import SHARED
 
-from miniflux.images import to_pil
-from miniflux.watermark import MESSAGE, add_watermark, read_watermark
+from miniflux.imaging.images import to_pil
+from miniflux.imaging.watermark import MESSAGE, add_watermark, read_watermark
 
 NOISE = np.random.default_rng(0).integers(0, 256, (264, 333, 3), dtype=np.uint8)
 HILLS = np.asarray(Image.fromarray(NOISE[:20, :30]).resize((300, 280), Image.Resampling.BICUBIC))

@@ -9,11 +9,24 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from samples import SHARED
 
-from miniflux.images import as_pil, encodable, fit, natural_size, read_each, read_picture, read_pictures, round_size, save, size_of, to_pil, to_tensor
-from miniflux.info import marks
+from miniflux.imaging.images import (
+    as_pil,
+    encodable,
+    fit,
+    natural_size,
+    read_each,
+    read_picture,
+    read_pictures,
+    round_size,
+    save,
+    size_of,
+    to_pil,
+    to_tensor,
+)
+from miniflux.imaging.info import marks
 
-SHARED = Path(__file__).resolve().parents[2] / "shared" / "images"
 COLOURS = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
 
 

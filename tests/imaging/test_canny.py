@@ -4,10 +4,10 @@ import cv2
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
-from test_images import SHARED
+from samples import SHARED
 
 from miniflux import canny
-from miniflux.canny import hysteresis
+from miniflux.imaging.canny import hysteresis
 
 
 def shapes() -> Image.Image:
@@ -58,7 +58,7 @@ def test_a_flat_picture_has_no_edges_and_a_wrong_threshold_gets_one_sentence():
 
 
 def test_the_command_writes_what_the_function_finds(tmp_path, monkeypatch, capsys):
-    from miniflux.canny import main
+    from miniflux.imaging.canny import main
     monkeypatch.chdir(tmp_path)
     Image.effect_noise((40, 30), 90).convert("RGB").save("a.png")
     monkeypatch.setattr("sys.argv", ["canny", "a.png", "--thresholds", "90", "300"])

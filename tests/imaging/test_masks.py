@@ -8,8 +8,16 @@ import torch
 from PIL import Image
 
 from miniflux import blur_mask, expand_canvas, mask_from_alpha
-from miniflux.images import read_pictures
-from miniflux.masks import around_mask, crop_box, feather, fit_masks, latent_mask, paste, read_masks
+from miniflux.imaging.images import read_pictures
+from miniflux.imaging.masks import (
+    around_mask,
+    crop_box,
+    feather,
+    fit_masks,
+    latent_mask,
+    paste,
+    read_masks,
+)
 
 PICTURE = [Image.new("RGB", (64, 48))]
 

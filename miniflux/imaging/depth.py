@@ -1,6 +1,6 @@
 """Depth: how near each part of a picture is, by Depth Anything: the control picture of FLUX.1 Depth.
 
-    python -m miniflux.depth photo.png --model LiheYoung/depth-anything-large-hf --output depth.png
+    miniflux depth photo.png --model LiheYoung/depth-anything-large-hf --output depth.png
 
 Two references prepare the picture differently, and their control pictures differ:
 
@@ -18,9 +18,10 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from .checkpoints.vision import find_folder, load_depth_anything
-from .command import command
-from .devices import find_device
+from ..checkpoints.vision import find_folder, load_depth_anything
+from ..command import command
+from ..devices import find_device
+from ..networks.depth_anything import DepthAnything
 from .images import (
     BICUBIC,
     IMAGENET_COLOURS,
@@ -33,7 +34,6 @@ from .images import (
     to_pil,
     to_tensor,
 )
-from .networks.depth_anything import DepthAnything
 
 MAX_PIXELS = 4096 * 4096
 
@@ -89,9 +89,9 @@ def standard_size(width: int, height: int, net: DepthAnything) -> tuple[int, int
 
 @command
 def main() -> None:
-    from . import cli
+    from .. import cli
 
-    parser = cli.Parser(prog="python -m miniflux.depth", description="Tell how near each part of a picture is: near is bright.")
+    parser = cli.Parser(prog="miniflux depth", description="Tell how near each part of a picture is: near is bright.")
     parser.add_argument("picture", help="the picture to look at")
     parser.add_argument("--model", required=True, help="the folder or Hub id of a Depth Anything (required)")
     parser.add_argument("--output", default="depth.png", help="the picture to write (default depth.png)")

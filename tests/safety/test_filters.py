@@ -21,7 +21,7 @@ from miniflux import (
     kontext_inpaint,
     load,
 )
-from miniflux.safety import (
+from miniflux.safety.filters import (
     ABOUT_PICTURE,
     ABOUT_TEXT,
     AFTER_PICTURE,
@@ -117,7 +117,7 @@ def test_every_picture_of_a_batch_is_looked_at(filters):
 
 @pytest.mark.parametrize("size", [(32, 32), (50, 40), (300, 200)])
 def test_the_classifiers_scores_are_those_of_transformers(filters, theirs, size):
-    from miniflux import safety
+    from miniflux.safety import filters as safety
     picture = photo(*size)
     processor = ViTImageProcessorPil(size={"height": 32, "width": 32})
     expected = float(theirs[0](**processor(picture, return_tensors="pt")).logits.softmax(-1)[0, 1])
@@ -222,7 +222,7 @@ def test_a_flagged_picture_is_never_returned(models, filters):
     with pytest.raises(ValueError, match="picture 1 of 1 was stopped by the content filter"):
         generate(models[64], "owl", on_finish=stop_flagged(scripted(filters, 0.9, -1.0)), **keywords)
     assert len(generate(models[64], "owl", on_finish=stop_flagged(scripted(filters, 0.1, -1.0)), **keywords)) == 1
-    with pytest.raises(ValueError, match='on_finish looks at pictures, and output="latents" asks for none'):
+    with pytest.raises(ValueError, match='on_finish is given images, and output="latents" asks for none'):
         generate(models[64], "owl", on_finish=stop_flagged(filters), output="latents", **keywords)
 
 
@@ -231,7 +231,8 @@ def test_every_picture_that_a_flag_names_is_looked_at(monkeypatch, flag):
     """By hand: a filter that flags everything is asked about this very file."""
     from argparse import Namespace
 
-    from miniflux import cli, safety
+    from miniflux import cli
+    from miniflux.safety import filters as safety
     asked = []
     monkeypatch.setattr(safety, "load_filters", lambda *paths, device: Filters(None))
     monkeypatch.setattr(safety, "is_flagged", lambda picture, filters: asked.append(picture) or True)

@@ -12,8 +12,8 @@ from transformers import DPTImageProcessorPil
 from miniflux import control as control_task
 from miniflux import load
 from miniflux.control import main as control
-from miniflux.depth import depth, load_depth, standard_size
-from miniflux.depth import main as command
+from miniflux.imaging.depth import depth, load_depth, standard_size
+from miniflux.imaging.depth import main as command
 
 
 @pytest.fixture(scope="module")

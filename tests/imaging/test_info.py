@@ -7,16 +7,16 @@ import sys
 
 import numpy as np
 import pytest
+from imaging.test_watermark import read_in_loops
 from PIL import Image
 from reference import small_pipeline
 from reference_vision import small_pixtral, small_vit
-from test_watermark import read_in_loops
 
 from miniflux import cli, generate
-from miniflux.images import save
-from miniflux.info import command_in, info, marks
-from miniflux.info import main as command
-from miniflux.watermark import MESSAGE
+from miniflux.imaging.images import save
+from miniflux.imaging.info import command_in, info, marks
+from miniflux.imaging.info import main as command
+from miniflux.imaging.watermark import MESSAGE
 
 
 @pytest.fixture(scope="module")
@@ -179,7 +179,7 @@ def test_a_filter_that_finds_nothing_changes_nothing(folder, strict, monkeypatch
 
 
 def test_a_prompt_is_asked_about_before_anything_is_painted(folder, strict, monkeypatch, capsys):
-    from miniflux import safety
+    from miniflux.safety import filters as safety
     small_pixtral(strict / "pixtral")
     monkeypatch.chdir(strict)
     monkeypatch.setattr(safety, "says_yes", lambda filters, question: "owl" in question[0])

@@ -1,6 +1,6 @@
 """Canny's edge detector: thin, connected edges where the brightness changes most (J. Canny 1986, 10.1109/TPAMI.1986.4767851).
 
-    python -m miniflux.canny photo.png --output edges.png
+    miniflux canny photo.png --output edges.png
 
     gradient          how strongly and in which direction the brightness changes at each pixel
     thin              only the ridges of its strength remain: one pixel across the edge
@@ -12,7 +12,7 @@ FLUX.1 Canny was trained on the edges of OpenCV's `cv2.Canny`, whose integer ari
 import numpy as np
 from PIL import Image
 
-from .command import command
+from ..command import command
 from .images import Picture, as_pil, check_number, check_output, read_picture, save
 
 
@@ -75,9 +75,9 @@ def hysteresis(weak: np.ndarray, strong: np.ndarray) -> np.ndarray:
 
 @command
 def main() -> None:
-    from . import cli
+    from .. import cli
 
-    parser = cli.Parser(prog="python -m miniflux.canny", description="Find the edges of a picture: white on black.")
+    parser = cli.Parser(prog="miniflux canny", description="Find the edges of a picture: white on black.")
     parser.add_argument("picture", help="the picture to look at")
     parser.add_argument("--output", default="canny.png", help="the picture to write (default canny.png)")
     parser.add_argument("--thresholds", type=float, nargs=2, default=(50, 200), metavar=("LOW", "HIGH"),

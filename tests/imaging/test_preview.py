@@ -11,11 +11,11 @@ from safetensors.torch import load_file, save_file
 
 from miniflux import cli, generate, load
 from miniflux.checkpoints.vision import load_taef1
-from miniflux.images import fit
+from miniflux.imaging.images import fit
+from miniflux.imaging.preview import fit_preview, linear_preview, load_preview
+from miniflux.imaging.preview import main as command
 from miniflux.latents import encode
 from miniflux.networks.taef1 import TAEF1Decoder
-from miniflux.preview import fit_preview, linear_preview, load_preview
-from miniflux.preview import main as command
 
 
 @pytest.fixture(scope="module")

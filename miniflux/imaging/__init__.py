@@ -1,0 +1,1 @@
+"""Images: reading and saving, masks, control images, previews, watermark and metadata."""

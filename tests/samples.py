@@ -1,0 +1,5 @@
+"""Photographs for the tests, beside the repository; a test that needs one is skipped where they are missing."""
+
+from pathlib import Path
+
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "images"
