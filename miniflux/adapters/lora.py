@@ -27,7 +27,7 @@ from ..checkpoints.formats import listing
 from ..checkpoints.hub import find_network
 from ..checkpoints.quantized import QuantizedLinear
 from ..checks import check_number
-from ..command import command, say, tell
+from ..command import Parser, command, say, tell
 from ..flux import Flux
 from ..imaging.images import log
 from ..networks.layers import Linear
@@ -259,8 +259,6 @@ def frozen(tensor: Tensor) -> nn.Parameter:
 
 @command
 def main() -> None:
-    from ..cli import Parser
-
     parser = Parser(prog="python -m miniflux.adapters.lora",
                     description="Lists what LoRA files hold, without loading a model; "
                     "the exit code is 1 if anything in them is not understood, 2 if one "

@@ -12,7 +12,7 @@ FLUX.1 Canny was trained on the edges of OpenCV's `cv2.Canny`, whose integer ari
 import numpy as np
 from PIL import Image
 
-from ..command import command
+from ..command import Parser, command
 from .images import Picture, as_pil, check_number, check_output, read_picture, save
 
 
@@ -75,9 +75,7 @@ def hysteresis(weak: np.ndarray, strong: np.ndarray) -> np.ndarray:
 
 @command
 def main() -> None:
-    from .. import cli
-
-    parser = cli.Parser(prog="miniflux canny", description="Find the edges of a picture: white on black.")
+    parser = Parser(prog="miniflux canny", description="Find the edges of a picture: white on black.")
     parser.add_argument("picture", help="the picture to look at")
     parser.add_argument("--output", default="canny.png", help="the picture to write (default canny.png)")
     parser.add_argument("--thresholds", type=float, nargs=2, default=(50, 200), metavar=("LOW", "HIGH"),

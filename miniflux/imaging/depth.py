@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..checkpoints.vision import find_folder, load_depth_anything
-from ..command import command
+from ..command import Parser, command
 from ..devices import find_device
 from ..networks.depth_anything import DepthAnything
 from .images import (
@@ -89,9 +89,7 @@ def standard_size(width: int, height: int, net: DepthAnything) -> tuple[int, int
 
 @command
 def main() -> None:
-    from .. import cli
-
-    parser = cli.Parser(prog="miniflux depth", description="Tell how near each part of a picture is: near is bright.")
+    parser = Parser(prog="miniflux depth", description="Tell how near each part of a picture is: near is bright.")
     parser.add_argument("picture", help="the picture to look at")
     parser.add_argument("--model", required=True, help="the folder or Hub id of a Depth Anything (required)")
     parser.add_argument("--output", default="depth.png", help="the picture to write (default depth.png)")

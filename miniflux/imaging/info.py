@@ -15,7 +15,7 @@ import shlex
 from PIL import Image
 
 from ..checkpoints.hub import OFFICIAL
-from ..command import command
+from ..command import Parser, command
 from ..settings import DEFAULTS
 from .images import open_picture, to_rgb, to_tensor
 from .watermark import MESSAGE, read_watermark
@@ -98,9 +98,7 @@ def has_watermark(image: Image.Image) -> bool:
 
 @command
 def main() -> None:
-    from .. import cli
-
-    parser = cli.Parser(prog="miniflux info", description="Say what a picture tells of its making.")
+    parser = Parser(prog="miniflux info", description="Say what a picture tells of its making.")
     parser.add_argument("picture", help="the picture to look at")
     args = parser.parse_args()
     try:

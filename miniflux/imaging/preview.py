@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..checkpoints.hub import find_network
 from ..checkpoints.vision import load_taef1, read_preview
-from ..command import command
+from ..command import Parser, command
 from ..flux import Flux
 from ..latents import encode
 from ..loading import load
@@ -63,9 +63,7 @@ def linear_preview(table: Tensor, z: Tensor) -> Tensor:
 
 @command
 def main() -> None:
-    from .. import cli
-
-    parser = cli.Parser(prog="miniflux preview", description="Fit the map from latents to colours on some pictures.")
+    parser = Parser(prog="miniflux preview", description="Fit the map from latents to colours on some pictures.")
     parser.add_argument("pictures", nargs="+", help="what to fit it on: some photos, or what the model has painted")
     parser.add_argument("--model", default="tiny", help="whose autoencoder; a name, a Hub id or a folder (default tiny)")
     parser.add_argument("--output", default="preview.safetensors", help="the file to write (default preview.safetensors)")
