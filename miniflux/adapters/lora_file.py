@@ -162,11 +162,11 @@ def make_change(name: str, factors: dict[str, Tensor], target: Target, settings:
     rank = check_factors(factors, bad)
     weights = [kind for kind in WEIGHT_KINDS if any(is_kind(f, kind) for f in factors)]
     biases = [kind for kind in BIAS_KINDS if kind in factors]
-    if len(weights) > 1 or len(biases) > 1:
+    if len(weights) > 1 or {"B_bias", "diff_b"} <= set(biases):
         raise bad(f"has several changes of one parameter: {', '.join(factors)}")
     if not weights and not biases:
         raise bad(f"has only {', '.join(factors) or 'an alpha'}, and nothing that this belongs to")
-    if "dora" in factors and weights[0] not in ("A", "lokr_", "hada_"):
+    if "dora" in factors and weights not in (["A"], ["lokr_"], ["hada_"]):
         raise bad("has DoRA magnitudes, and no LoRA that they belong to")
     if settings and settings.get("use_dora") and "A" in factors and "dora" not in factors:
         raise bad("lacks the DoRA magnitudes that its settings mention")

@@ -54,6 +54,9 @@ KINDS = {
     ),
     "LoRA with a bias": LoraConfig(r=4, lora_alpha=6, target_modules=LAYERS, lora_bias=True),
     "LoRA and biases": LoraConfig(r=4, lora_alpha=6, target_modules=LAYERS, bias="lora_only"),
+    "LoRA with a bias, and biases": LoraConfig(
+        r=4, lora_alpha=6, target_modules=LAYERS, lora_bias=True, bias="lora_only"
+    ),
     "LoRA and all biases": LoraConfig(r=4, lora_alpha=6, target_modules=LAYERS, bias="all"),
     "saved modules": LoraConfig(
         r=4,
