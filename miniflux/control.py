@@ -18,19 +18,19 @@ from .flux import Flux
 from .generate import sample
 from .imaging.canny import canny
 from .imaging.depth import depth, load_depth
-from .imaging.images import Picture, Pictures, fit, natural_size, read_pictures, size_of
+from .imaging.images import ImageLike, Images, natural_size, preprocess, read_images, size_of
 from .imaging.masks import fit_masks, latent_mask, read_masks
 from .latents import encode
-from .prompt import Text
+from .prompt import PromptLike
 from .sampling import Conditions, patchify
 from .settings import Settings, resolve, task
 
 
 @task
-def control(flux: Flux, prompt: Text, control_image: Picture | list[Picture], *,
-            image: Picture | list[Picture] | None = None,
-            mask: Picture | list[Picture] | None = None,
-            strength: float = 0.6, **settings: Unpack[Settings]) -> Pictures:
+def control(flux: Flux, prompt: PromptLike, control_image: ImageLike | list[ImageLike], *,
+            image: ImageLike | list[ImageLike] | None = None,
+            mask: ImageLike | list[ImageLike] | None = None,
+            strength: float = 0.6, **settings: Unpack[Settings]) -> Images:
     """Paint along a control image: edges (see `canny`) or depths (near is bright).
 
     control_image: one (PIL, path, array (H, W, 3), tensor (3, H, W)), or a list, one for each
@@ -48,17 +48,17 @@ def control(flux: Flux, prompt: Text, control_image: Picture | list[Picture], *,
     `FluxControlInpaintPipeline`, with the mean of the autoencoder's posterior."""
     if mask is not None and image is None:
         raise ValueError("there is a mask but no image whose part it could show: give image= too")
-    controls = read_pictures(control_image, "control image")
+    controls = read_images(control_image, "control image")
     task = "control" if image is None else "control of an image"
     call = resolve(task, flux, settings, like=size_of(controls[0]),
                    strength=1.0 if image is None else strength)
     size = call.width, call.height
-    cond = Conditions(img_cond=patchify(encode(flux, fit(controls, *size))))    # (n, N, 64)
+    cond = Conditions(img_cond=patchify(encode(flux, preprocess(controls, *size))))    # (n, N, 64)
     if image is None:
         return sample(flux, prompt, call, cond)
-    images = read_pictures(image, "image")
+    images = read_images(image, "image")
     hole = None if mask is None else latent_mask(fit_masks(read_masks(mask, images), *size))
-    return sample(flux, prompt, call, cond, start=encode(flux, fit(images, *size)), mask=hole)
+    return sample(flux, prompt, call, cond, start=encode(flux, preprocess(images, *size)), mask=hole)
 
 
 def look(flux: Flux, args: Namespace) -> dict:
@@ -67,9 +67,9 @@ def look(flux: Flux, args: Namespace) -> dict:
         return {"control_image": args.control_image}
     if args.depth and not args.depth_model:
         raise ValueError("--depth needs an estimator: give --depth-model, such as LiheYoung/depth-anything-large-hf")
-    photo = read_pictures(source, "picture")
+    photo = read_images(source, "picture")
     size = natural_size(size_of(photo[0]), flux.config.size ** 2, args.width, args.height)
-    picture = fit(photo, *size)[0] / 2 + 0.5
+    picture = preprocess(photo, *size)[0] / 2 + 0.5
     return {"control_image": canny(picture, *args.thresholds) if args.canny else
             depth(picture, load_depth(args.depth_model, device=args.device), standard=args.depth_standard)}
 

@@ -17,17 +17,17 @@ from .checks import check_switch
 from .command import command
 from .flux import Flux
 from .generate import sample
-from .imaging.images import Picture, Pictures, fit, read_pictures, size_of, to_tensor
+from .imaging.images import ImageLike, Images, preprocess, read_images, size_of, to_tensor
 from .imaging.masks import feather, fit_masks, paste, read_masks
 from .latents import encode
-from .prompt import Text
+from .prompt import PromptLike
 from .sampling import Conditions, patchify
 from .settings import Settings, resolve, task
 
 
 @task
-def fill(flux: Flux, prompt: Text, image: Picture | list[Picture], mask: Picture | list[Picture], *,
-         paste_back: bool = False, strength: float = 1.0, **settings: Unpack[Settings]) -> Pictures:
+def fill(flux: Flux, prompt: PromptLike, image: ImageLike | list[ImageLike], mask: ImageLike | list[ImageLike], *,
+         paste_back: bool = False, strength: float = 1.0, **settings: Unpack[Settings]) -> Images:
     """Fill the white part of a mask after a prompt.
 
     image: one (PIL, path, array (H, W, 3), tensor (3, H, W)), or a list, one for each prompt.
@@ -42,11 +42,11 @@ def fill(flux: Flux, prompt: Text, image: Picture | list[Picture], mask: Picture
     Raises ValueError or FileNotFoundError for what is no image, an empty mask, a model without the
     384 channels, or a value out of range.
     Reference: diffusers' `FluxFillPipeline`, with the mean of the autoencoder's posterior."""
-    images = read_pictures(image, "image")
+    images = read_images(image, "image")
     call = resolve("fill", flux, settings, like=size_of(images[0]), strength=strength)
     paste_back = check_switch("paste_back", paste_back)
     masks = read_masks(mask, images)
-    known = fit(images, call.width, call.height)                                # (n, 3, H, W)
+    known = preprocess(images, call.width, call.height)                                # (n, 3, H, W)
     hole = fit_masks(masks, call.width, call.height)                            # (n, 1, H, W)
     from_noise = call.strength == 1 and call.sigmas is None                     # t = 1: pure noise
     own_size = settings.get("width") is None and settings.get("height") is None

@@ -14,9 +14,9 @@ from typing_extensions import Unpack
 
 from .command import command
 from .flux import Flux
-from .imaging.images import Pictures, log, to_pil
+from .imaging.images import Images, log, to_pil
 from .latents import decode
-from .prompt import Prompt, Text, encode_prompt, match, repeat
+from .prompt import Prompt, PromptLike, encode_prompt, repeat_negative, repeat_prompt
 from .sampling import (
     SAMPLERS,
     Conditions,
@@ -35,7 +35,7 @@ from .settings import AdapterSettings, Call, adapter_conditions, resolve, task
 
 
 @task
-def generate(flux: Flux, prompt: Text, **settings: Unpack[AdapterSettings]) -> Pictures:
+def generate(flux: Flux, prompt: PromptLike, **settings: Unpack[AdapterSettings]) -> Images:
     """Paint images from text.
 
     flux: the model, from `load`.
@@ -50,9 +50,9 @@ def generate(flux: Flux, prompt: Text, **settings: Unpack[AdapterSettings]) -> P
     return sample(flux, prompt, resolve("generate", flux, settings))
 
 
-def sample(flux: Flux, prompt: Text, call: Call, cond: Conditions = Conditions(), *,
+def sample(flux: Flux, prompt: PromptLike, call: Call, cond: Conditions = Conditions(), *,
            start: Tensor | None = None, mask: Tensor | None = None,
-           composite: Callable[[Tensor], Tensor] | None = None) -> Pictures:
+           composite: Callable[[Tensor], Tensor] | None = None) -> Images:
     """From noise to images.
 
     call: the settings, from `resolve`.
@@ -64,7 +64,7 @@ def sample(flux: Flux, prompt: Text, call: Call, cond: Conditions = Conditions()
         belong; default: they stay as they are.
 
     n is 1 or divides the number of images B."""
-    text = repeat(encode_prompt(flux, prompt, call.max_text_tokens), call.num_images)
+    text = repeat_prompt(encode_prompt(flux, prompt, call.max_text_tokens), call.num_images)
     h, w = call.height // 8, call.width // 8
     channels = flux.mmdit.config.out_channels // 4
     seeds = seeds_from(call.seed, len(text))
@@ -75,12 +75,12 @@ def sample(flux: Flux, prompt: Text, call: Call, cond: Conditions = Conditions()
     cond = adapter_conditions(flux, call, text, ts, cond.repeat_to_batch(eps))
 
     def velocity_for(text: Prompt, cond: Conditions) -> Velocity:
-        pooled = flux.mmdit.prepare(text.vec, call.guidance, ts)
+        pooled = flux.mmdit.prepare(text.pooled, call.guidance, ts)
         return flow(flux.mmdit, text.txt, pooled, call.guidance, h, w, cond)
 
     velocity = velocity_for(text, cond)
     if call.two_passes:
-        negative = match(encode_prompt(flux, call.negative_prompt, call.max_text_tokens), len(text))
+        negative = repeat_negative(encode_prompt(flux, call.negative_prompt, call.max_text_tokens), len(text))
         velocity = classifier_free(velocity, velocity_for(negative, cond.negative()), call.true_cfg)
     if mask is not None:
         velocity = keep_known(velocity, mask, eps - start)
@@ -92,7 +92,7 @@ def sample(flux: Flux, prompt: Text, call: Call, cond: Conditions = Conditions()
     return postprocess(flux, composite(images) if composite else images, call)
 
 
-def postprocess(flux: Flux, images: Tensor, call: Call) -> Pictures:
+def postprocess(flux: Flux, images: Tensor, call: Call) -> Images:
     """Images (B, 3, H, W) in [0, 1] as they are, or as PIL images whose `info` has their settings."""
     if call.on_finish:
         images = finish(call.on_finish, images)

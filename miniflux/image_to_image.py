@@ -12,15 +12,15 @@ from typing_extensions import Unpack
 from .command import command
 from .flux import Flux
 from .generate import sample
-from .imaging.images import Picture, Pictures, fit, read_pictures, size_of
+from .imaging.images import ImageLike, Images, preprocess, read_images, size_of
 from .latents import encode
-from .prompt import Text
+from .prompt import PromptLike
 from .settings import AdapterSettings, resolve, task
 
 
 @task
-def image_to_image(flux: Flux, prompt: Text, image: Picture | list[Picture], *,
-                   strength: float = 0.6, **settings: Unpack[AdapterSettings]) -> Pictures:
+def image_to_image(flux: Flux, prompt: PromptLike, image: ImageLike | list[ImageLike], *,
+                   strength: float = 0.6, **settings: Unpack[AdapterSettings]) -> Images:
     """Repaint an image after a prompt.
 
     image: one image (PIL, path, array (H, W, 3), tensor (3, H, W)), or a list, one for each prompt.
@@ -30,9 +30,9 @@ def image_to_image(flux: Flux, prompt: Text, image: Picture | list[Picture], *,
     Raises ValueError or FileNotFoundError for what is no image, and for a value out of range.
     Reference: diffusers' `FluxImg2ImgPipeline` and `FluxControlNetImg2ImgPipeline`, with the mean
     of the autoencoder's posterior."""
-    images = read_pictures(image, "image")
+    images = read_images(image, "image")
     call = resolve("image_to_image", flux, settings, like=size_of(images[0]), strength=strength)
-    start = encode(flux, fit(images, call.width, call.height))                  # (n, 16, h, w)
+    start = encode(flux, preprocess(images, call.width, call.height))                  # (n, 16, h, w)
     return sample(flux, prompt, call, start=start)
 
 

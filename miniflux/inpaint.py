@@ -14,17 +14,17 @@ from typing_extensions import Unpack
 from .command import command
 from .flux import Flux
 from .generate import sample
-from .imaging.images import Picture, Pictures, fit, read_pictures, size_of
+from .imaging.images import ImageLike, Images, preprocess, read_images, size_of
 from .imaging.masks import around_mask, fit_masks, latent_mask, read_masks
 from .latents import encode
-from .prompt import Text
+from .prompt import PromptLike
 from .settings import AdapterSettings, resolve, task
 
 
 @task
-def inpaint(flux: Flux, prompt: Text, image: Picture | list[Picture], mask: Picture | list[Picture],
+def inpaint(flux: Flux, prompt: PromptLike, image: ImageLike | list[ImageLike], mask: ImageLike | list[ImageLike],
             *, strength: float = 0.6, mask_padding: int | None = None,
-            **settings: Unpack[AdapterSettings]) -> Pictures:
+            **settings: Unpack[AdapterSettings]) -> Images:
     """Repaint the white part of a mask after a prompt; the rest keeps its latents.
 
     image: as in `image_to_image`.
@@ -39,7 +39,7 @@ def inpaint(flux: Flux, prompt: Text, image: Picture | list[Picture], mask: Pict
     range.
     Reference: diffusers' `FluxInpaintPipeline` and `FluxControlNetInpaintPipeline`, with the mean
     of the autoencoder's posterior."""
-    images = read_pictures(image, "image")
+    images = read_images(image, "image")
     call = resolve("inpaint", flux, settings, like=size_of(images[0]), strength=strength)
     masks = read_masks(mask, images)
     paste_back = None
@@ -49,7 +49,7 @@ def inpaint(flux: Flux, prompt: Text, image: Picture | list[Picture], mask: Pict
         controls = [each._replace(image=[crop(one) for one in each.image]) for each in call.controls]
         call = replace(call, controls=controls)
     hole = fit_masks(masks, call.width, call.height)                            # (n, 1, H, W)
-    start = encode(flux, fit(images, call.width, call.height))                  # (n, 16, h, w)
+    start = encode(flux, preprocess(images, call.width, call.height))                  # (n, 16, h, w)
     return sample(flux, prompt, call, start=start, mask=latent_mask(hole), composite=paste_back)
 
 

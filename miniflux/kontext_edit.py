@@ -16,17 +16,17 @@ from .flux import Flux
 from .generate import sample
 from .imaging.images import (
     MAX_SIDE,
-    Picture,
-    Pictures,
+    ImageLike,
+    Images,
     check_side,
-    fit,
     floor_side,
     natural_size,
-    read_pictures,
+    preprocess,
+    read_images,
     size_of,
 )
 from .latents import encode
-from .prompt import Text
+from .prompt import PromptLike
 from .sampling import Conditions, image_ids, patchify
 from .settings import IPSettings, check_model, resolve, task
 
@@ -39,9 +39,9 @@ PREFERRED = (
 
 
 @task
-def kontext_edit(flux: Flux, prompt: Text, image: Picture | list[Picture], *,
+def kontext_edit(flux: Flux, prompt: PromptLike, image: ImageLike | list[ImageLike], *,
                  auto_resize: bool = True, max_area: int | None = None,
-                 **settings: Unpack[IPSettings]) -> Pictures:
+                 **settings: Unpack[IPSettings]) -> Images:
     """Change an image by an instruction.
 
     prompt: the instruction, such as "make the sky purple".
@@ -57,10 +57,10 @@ def kontext_edit(flux: Flux, prompt: Text, image: Picture | list[Picture], *,
     Raises ValueError or FileNotFoundError for what is no image, and for a value out of range.
     Reference: diffusers' `FluxKontextPipeline`; for the size, `src/flux/cli_kontext.py` of the
     original repository."""
-    images = read_pictures(image, "image")
+    images = read_images(image, "image")
     size = reference_size(flux, size_of(images[0]), auto_resize)
     call = resolve("kontext_edit", flux, with_output_size(settings, size, max_area))
-    return sample(flux, prompt, call, reference_tokens(encode(flux, fit(images, *size))))
+    return sample(flux, prompt, call, reference_tokens(encode(flux, preprocess(images, *size))))
 
 
 def reference_size(flux: Flux, size: tuple[int, int], auto_resize: bool) -> tuple[int, int]:

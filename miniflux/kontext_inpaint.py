@@ -13,20 +13,20 @@ from typing_extensions import Unpack
 from .command import command
 from .flux import Flux
 from .generate import sample
-from .imaging.images import Picture, Pictures, fit, read_pictures, size_of
+from .imaging.images import ImageLike, Images, preprocess, read_images, size_of
 from .imaging.masks import around_mask, fit_masks, latent_mask, read_masks
 from .kontext_edit import reference_size, reference_tokens, with_output_size
 from .latents import encode
-from .prompt import Text
+from .prompt import PromptLike
 from .settings import IPSettings, resolve, task
 
 
 @task
-def kontext_inpaint(flux: Flux, prompt: Text, image: Picture | list[Picture],
-                    mask: Picture | list[Picture], *,
-                    reference: Picture | list[Picture] | None = None, strength: float = 1.0,
+def kontext_inpaint(flux: Flux, prompt: PromptLike, image: ImageLike | list[ImageLike],
+                    mask: ImageLike | list[ImageLike], *,
+                    reference: ImageLike | list[ImageLike] | None = None, strength: float = 1.0,
                     mask_padding: int | None = None, auto_resize: bool = True,
-                    **settings: Unpack[IPSettings]) -> Pictures:
+                    **settings: Unpack[IPSettings]) -> Images:
     """Repaint the white part of a mask by an instruction, or after a reference image.
 
     image, mask, strength, mask_padding: as in `inpaint` (strength 1 by default).
@@ -41,7 +41,7 @@ def kontext_inpaint(flux: Flux, prompt: Text, image: Picture | list[Picture],
     range.
     Reference: diffusers' `FluxKontextInpaintPipeline`. Two things differ with mask_padding: here the
     region is cropped from the image's own pixels and pasted back, and the reference stays whole."""
-    images = read_pictures(image, "image")
+    images = read_images(image, "image")
     size = reference_size(flux, size_of(images[0]), auto_resize)
     call = resolve("kontext_inpaint", flux, with_output_size(settings, size), strength=strength)
     masks = read_masks(mask, images)
@@ -50,12 +50,12 @@ def kontext_inpaint(flux: Flux, prompt: Text, image: Picture | list[Picture],
         crop, paste_back = around_mask(images, masks, call.width, call.height, mask_padding)
         images, masks = [crop(images[0])], [crop(masks[0])]
     hole = latent_mask(fit_masks(masks, call.width, call.height))               # (n, 1, h, w)
-    start = encode(flux, fit(images, call.width, call.height))                  # (n, 16, h, w)
+    start = encode(flux, preprocess(images, call.width, call.height))                  # (n, 16, h, w)
     seen = start
     if reference is not None:
-        references = read_pictures(reference, "reference")
+        references = read_images(reference, "reference")
         size = reference_size(flux, size_of(references[0]), auto_resize)
-        seen = encode(flux, fit(references, *size))
+        seen = encode(flux, preprocess(references, *size))
     return sample(flux, prompt, call, reference_tokens(seen), start=start, mask=hole,
                   composite=paste_back)
 

@@ -1,7 +1,7 @@
 """Text -> conditioning: what the transformer is told about the picture.
 
     txt (B, L, context_in_dim)    one vector a token, from T5: the text stream
-    vec (B, vec_in_dim)           one vector a prompt, from CLIP: joins the time embedding
+    pooled (B, vec_in_dim)        one vector a prompt, from CLIP: joins the time embedding
 """
 
 import logging
@@ -26,15 +26,15 @@ class Prompt:
     """Encoded text of B prompts; accepted wherever a prompt is."""
 
     txt: Tensor
-    vec: Tensor
+    pooled: Tensor
 
     def __post_init__(self):
-        if self.txt.ndim != 3 or self.vec.ndim != 2 or len(self.txt) != len(self.vec):
-            raise ValueError("a Prompt has txt (B, L, width) and vec (B, width), "
-                             f"got {list(self.txt.shape)} and {list(self.vec.shape)}")
+        if self.txt.ndim != 3 or self.pooled.ndim != 2 or len(self.txt) != len(self.pooled):
+            raise ValueError("a Prompt has txt (B, L, width) and pooled (B, width), "
+                             f"got {list(self.txt.shape)} and {list(self.pooled.shape)}")
 
     def __len__(self) -> int:
-        return len(self.vec)
+        return len(self.pooled)
 
     def save(self, path: str | os.PathLike) -> None:
         """Keep it in a safetensors file, so that the text encoders are not needed again."""
@@ -43,7 +43,7 @@ class Prompt:
             raise FileNotFoundError(f"{path} cannot be written: its folder does not exist")
         partial = path.with_name(f".{path.name}.{os.getpid()}.part")
         try:
-            save_file({"txt": self.txt.contiguous(), "vec": self.vec.contiguous()}, partial)
+            save_file({"txt": self.txt.contiguous(), "pooled": self.pooled.contiguous()}, partial)
             os.replace(partial, path)
         finally:
             partial.unlink(missing_ok=True)
@@ -52,16 +52,18 @@ class Prompt:
     def load(path: str | os.PathLike) -> "Prompt":
         """One that was saved. Raises FileNotFoundError, or ValueError for another file."""
         tensors = read_safetensors(path)
-        if set(tensors) != {"txt", "vec"} or not all(tensor.is_floating_point() for tensor in tensors.values()):
-            raise ValueError(f"{path} holds no encoded prompt: expected a file that Prompt.save has written, with txt and vec")
+        if "vec" in tensors:                                # its name in files of version 0.1
+            tensors["pooled"] = tensors.pop("vec")
+        if set(tensors) != {"txt", "pooled"} or not all(tensor.is_floating_point() for tensor in tensors.values()):
+            raise ValueError(f"{path} holds no encoded prompt: expected txt and pooled, as Prompt.save writes them")
         # Note: copies, as the file may be replaced or deleted while the prompt is in use.
-        return Prompt(tensors["txt"].clone(), tensors["vec"].clone())
+        return Prompt(tensors["txt"].clone(), tensors["pooled"].clone())
 
 
-Text = str | list[str] | Prompt
+PromptLike = str | list[str] | Prompt
 
 
-def check_prompt(name: str, prompt: Text) -> None:
+def check_prompt(name: str, prompt: PromptLike) -> None:
     """Raises ValueError for what is no prompt."""
     is_list = isinstance(prompt, (list, tuple)) and prompt and all(isinstance(text, str) for text in prompt)
     if not is_list and not isinstance(prompt, (str, Prompt)):
@@ -69,13 +71,13 @@ def check_prompt(name: str, prompt: Text) -> None:
 
 
 @torch.no_grad()
-def encode_prompt(flux: Flux, prompt: Text, max_text_tokens: int | None = None) -> Prompt:
+def encode_prompt(flux: Flux, prompt: PromptLike, max_text_tokens: int | None = None) -> Prompt:
     """Encode one prompt or several, padded to `max_text_tokens` T5 tokens (by default as many as the model was made for).
 
     Longer prompts are cut, with a warning in the log. Raises ValueError for a prompt that is not text, or for more tokens than the model can read."""
     length = text_length(flux, max_text_tokens)
     if isinstance(prompt, Prompt):
-        return move(prompt, flux)
+        return to_model(prompt, flux)
     check_prompt("the prompt", prompt)
     texts = [prompt] if isinstance(prompt, str) else list(prompt)
     if None in (flux.clip_tokenizer, flux.t5_tokenizer, flux.clip, flux.t5):
@@ -86,8 +88,8 @@ def encode_prompt(flux: Flux, prompt: Text, max_text_tokens: int | None = None) 
     device = flux.t5.shared.weight.device
     # Note: padding is part of the text stream: T5 and the transformer attend to it.
     txt = flux.t5(flux.t5_tokenizer(texts, length).to(device))                  # (B, L, context_in_dim)
-    vec = flux.clip(flux.clip_tokenizer(texts).to(device))                      # (B, vec_in_dim)
-    return move(Prompt(txt, vec), flux)
+    pooled = flux.clip(flux.clip_tokenizer(texts).to(device))                   # (B, vec_in_dim)
+    return to_model(Prompt(txt, pooled), flux)
 
 
 def text_length(flux: Flux, max_text_tokens: int | None) -> int:
@@ -131,23 +133,23 @@ def shorten(text: str, limit: int = 100) -> str:
     return text if len(text) <= limit else f"{text[:limit // 2]} ... {text[-limit // 2:]}"
 
 
-def move(prompt: Prompt, flux: Flux) -> Prompt:
+def to_model(prompt: Prompt, flux: Flux) -> Prompt:
     """The prompt on the transformer's device, in its dtype."""
     weight = flux.mmdit.img_in.weight
-    have = prompt.txt.shape[-1], prompt.vec.shape[-1]
+    have = prompt.txt.shape[-1], prompt.pooled.shape[-1]
     need = flux.mmdit.config.context_in_dim, flux.mmdit.config.vec_in_dim
     if have != need:
         raise ValueError("the Prompt has the widths {} and {}, this model needs {} and {}".format(*have, *need))
-    return Prompt(prompt.txt.to(weight), prompt.vec.to(weight))
+    return Prompt(prompt.txt.to(weight), prompt.pooled.to(weight))
 
 
-def repeat(prompt: Prompt, n: int) -> Prompt:
+def repeat_prompt(prompt: Prompt, n: int) -> Prompt:
     """n copies of each prompt, side by side: a, b -> a, a, b, b."""
-    return Prompt(prompt.txt.repeat_interleave(n, dim=0), prompt.vec.repeat_interleave(n, dim=0))
+    return Prompt(prompt.txt.repeat_interleave(n, dim=0), prompt.pooled.repeat_interleave(n, dim=0))
 
 
-def match(negative: Prompt, count: int) -> Prompt:
+def repeat_negative(negative: Prompt, count: int) -> Prompt:
     """A negative prompt for each of `count` pictures: one for all, or as many as divide them evenly."""
     if count % len(negative):
         raise ValueError(f"there are {len(negative)} negative prompts for {count} pictures: give one, or one for each prompt")
-    return repeat(negative, count // len(negative))
+    return repeat_prompt(negative, count // len(negative))

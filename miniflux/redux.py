@@ -16,14 +16,14 @@ from .checks import check_number, to_number
 from .command import command
 from .flux import Flux
 from .generate import sample
-from .imaging.images import BICUBIC, Picture, Pictures, fit, read_each
-from .prompt import Prompt, encode_prompt, move, text_length
+from .imaging.images import BICUBIC, ImageLike, Images, preprocess, read_each
+from .prompt import Prompt, encode_prompt, text_length, to_model
 from .settings import Settings, check_model, resolve, task
 
 
 @task
-def redux(flux: Flux, image: Picture | list[Picture], *, prompt: str | Prompt | None = "",
-          scales: float | Sequence[float] | None = None, **settings: Unpack[Settings]) -> Pictures:
+def redux(flux: Flux, image: ImageLike | list[ImageLike], *, prompt: str | Prompt | None = "",
+          scales: float | Sequence[float] | None = None, **settings: Unpack[Settings]) -> Images:
     """Paint variations of an image, or of a mixture of several.
 
     image, prompt, scales: see `redux_prompt`.
@@ -40,14 +40,14 @@ def redux(flux: Flux, image: Picture | list[Picture], *, prompt: str | Prompt | 
 
 
 @torch.no_grad()
-def redux_prompt(flux: Flux, image: Picture | list[Picture], *, prompt: str | Prompt | None = "",
+def redux_prompt(flux: Flux, image: ImageLike | list[ImageLike], *, prompt: str | Prompt | None = "",
                  scales: float | Sequence[float] | None = None, pooled_scales: float | Sequence[float] | None = None,
                  max_text_tokens: int | None = None) -> Prompt:
-    """The one prompt that n pictures and a text make: txt (1, L + N, ·), the text's tokens and then the pictures', and vec (1, ·).
+    """The one prompt that n pictures and a text make: txt (1, L + N, ·), the text's tokens and then the images', and pooled (1, ·).
 
     image: one picture or a list, of any sizes. prompt: a text; None for zeros in its place. scales: the weight of each picture,
     together with the text; several pictures are summed, so the weights should add up to about 1 (default: 1/n each).
-    pooled_scales: the same for vec (default: as scales).
+    pooled_scales: the same for pooled (default: as scales).
 
     Raises ValueError or FileNotFoundError for what is no picture, or a model without Redux."""
     check_model(flux)
@@ -55,15 +55,15 @@ def redux_prompt(flux: Flux, image: Picture | list[Picture], *, prompt: str | Pr
         raise ValueError(f'the model {flux.config.name} has no Redux: load("redux"), or add it with add_redux(flux, source)')
     pictures = read_each(image, "image")
     size, weight = flux.siglip.config.image_size, next(flux.siglip.parameters())
-    tokens = flux.redux(flux.siglip(fit(pictures, size, size, BICUBIC).to(weight)))  # (n, N, context_in_dim)
+    tokens = flux.redux(flux.siglip(preprocess(pictures, size, size, BICUBIC).to(weight)))  # (n, N, context_in_dim)
     text = encode_prompt(flux, prompt, max_text_tokens) if prompt is not None else no_text(flux, max_text_tokens)
     if len(text) > 1:
         raise ValueError(f"redux takes one prompt for all its pictures, got {len(text)}: call once for each")
     txt_scales = weights("scales", 1 / len(pictures) if scales is None else scales, len(pictures)).to(tokens)
     vec_scales = txt_scales if pooled_scales is None else weights("pooled_scales", pooled_scales, len(pictures)).to(tokens)
     txt = torch.cat([text.txt.expand(len(pictures), -1, -1).to(tokens), tokens], dim=1)  # (n, L + N, context_in_dim)
-    return move(Prompt((txt_scales[:, None, None] * txt).sum(0, keepdim=True),
-                       (vec_scales[:, None] * text.vec.to(tokens)).sum(0, keepdim=True)), flux)
+    return to_model(Prompt((txt_scales[:, None, None] * txt).sum(0, keepdim=True),
+                       (vec_scales[:, None] * text.pooled.to(tokens)).sum(0, keepdim=True)), flux)
 
 
 def no_text(flux: Flux, max_text_tokens: int | None) -> Prompt:

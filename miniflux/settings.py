@@ -23,7 +23,7 @@ from .checks import check_function, check_number, check_switch, quote
 from .flux import Flux
 from .imaging.images import OUTPUTS, check_side, natural_size, round_size
 from .latents import check_autoencoder
-from .prompt import Prompt, Text, check_prompt
+from .prompt import Prompt, PromptLike, check_prompt
 from .sampling import SAMPLERS, Conditions, OnFinish, OnStep, once_a_state
 
 
@@ -55,7 +55,7 @@ class Settings(TypedDict, total=False):
     guidance: float | None
     seed: int
     num_images: int
-    negative_prompt: Text | None
+    negative_prompt: PromptLike | None
     true_cfg: float
     sigmas: Sequence[float] | None
     sampler: str
@@ -170,7 +170,7 @@ class Call:
     guidance: float
     seed: int
     num_images: int
-    negative_prompt: Text | None
+    negative_prompt: PromptLike | None
     true_cfg: float
     sigmas: Sequence[float] | None
     sampler: str

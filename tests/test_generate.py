@@ -188,7 +188,7 @@ def test_results_are_ordinary_tensors_that_can_be_changed_and_trained_on(flux):
     generate(flux, "a", output="latents", **SMALL).add_(1)
     prompt = encode_prompt(flux, "a", 8)
     z = encode(flux, torch.rand(1, 3, 32, 32))
-    for given in (prompt.txt, prompt.vec, z, decode(flux, z)):
+    for given in (prompt.txt, prompt.pooled, z, decode(flux, z)):
         scale = torch.ones(1, requires_grad=True)
         with torch.enable_grad():
             (given * scale).sum().backward()

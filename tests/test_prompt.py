@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from miniflux import Prompt, encode_prompt, generate, load
-from miniflux.prompt import cut_off, match, repeat
+from miniflux.prompt import cut_off, repeat_negative, repeat_prompt
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +19,7 @@ def test_a_prompt_in_a_list_is_encoded_as_alone(flux):
     both = encode_prompt(flux, ["a red apple", "two blue cats"], 16)
     alone = encode_prompt(flux, "two blue cats", 16)
     assert both.txt.shape[:2] == (2, 16) and len(both) == 2
-    assert torch.allclose(both.txt[1], alone.txt[0], atol=1e-5) and torch.allclose(both.vec[1], alone.vec[0], atol=1e-5)
+    assert torch.allclose(both.txt[1], alone.txt[0], atol=1e-5) and torch.allclose(both.pooled[1], alone.pooled[0], atol=1e-5)
 
 
 def test_the_default_length_is_the_models(flux):
@@ -33,15 +33,15 @@ def test_an_encoded_prompt_passes_through_unchanged(flux):
 
 
 def test_copies_lie_side_by_side():
-    prompt = repeat(Prompt(torch.arange(2.0).reshape(2, 1, 1), torch.arange(2.0).reshape(2, 1)), 2)
-    assert prompt.vec.flatten().tolist() == prompt.txt.flatten().tolist() == [0, 0, 1, 1]
+    prompt = repeat_prompt(Prompt(torch.arange(2.0).reshape(2, 1, 1), torch.arange(2.0).reshape(2, 1)), 2)
+    assert prompt.pooled.flatten().tolist() == prompt.txt.flatten().tolist() == [0, 0, 1, 1]
 
 
 def test_one_negative_prompt_serves_all_pictures():
     negative = Prompt(torch.zeros(1, 3, 2), torch.zeros(1, 2))
-    assert len(match(negative, 4)) == 4
+    assert len(repeat_negative(negative, 4)) == 4
     with pytest.raises(ValueError, match="2 negative prompts for 3 pictures"):
-        match(repeat(negative, 2), 3)
+        repeat_negative(repeat_prompt(negative, 2), 3)
 
 
 @pytest.mark.parametrize("prompt", [3, None, [], ["a", 3], b"bytes"])
@@ -92,14 +92,19 @@ def test_a_prompt_that_fits_is_no_news(flux, caplog):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_saved_prompt_is_read_back_bit_for_bit_and_paints_without_text_encoders(flux, tmp_path, dtype):
     prompt = encode_prompt(flux, ["a red apple", "two blue cats"], 16)
-    prompt = Prompt(prompt.txt.to(dtype), prompt.vec.to(dtype))
+    prompt = Prompt(prompt.txt.to(dtype), prompt.pooled.to(dtype))
     prompt.save(tmp_path / "prompt.safetensors")
     again = Prompt.load(tmp_path / "prompt.safetensors")
-    assert torch.equal(again.txt, prompt.txt) and torch.equal(again.vec, prompt.vec) and again.txt.dtype == dtype
+    assert torch.equal(again.txt, prompt.txt) and torch.equal(again.pooled, prompt.pooled) and again.txt.dtype == dtype
     assert [path.name for path in tmp_path.iterdir()] == ["prompt.safetensors"]  # nothing half-written
     bare = replace(flux, clip=None, t5=None, clip_tokenizer=None, t5_tokenizer=None)
     keywords = dict(width=32, height=32, steps=1, output="latents", progress=False)
     assert torch.equal(generate(bare, again, **keywords), generate(flux, prompt, **keywords))
+
+
+def test_a_prompt_that_was_saved_when_pooled_was_called_vec_is_read(tmp_path):
+    save_file({"txt": torch.ones(1, 2, 3), "vec": torch.full((1, 3), 2.0)}, tmp_path / "old.safetensors")
+    assert torch.equal(Prompt.load(tmp_path / "old.safetensors").pooled, torch.full((1, 3), 2.0))
 
 
 def test_a_prompt_in_use_survives_its_file(tmp_path):
@@ -110,10 +115,10 @@ def test_a_prompt_in_use_survives_its_file(tmp_path):
 
 
 @pytest.mark.parametrize("tensors, message", [
-    ({"txt": torch.ones(1, 2, 3)}, "holds no encoded prompt: expected a file that Prompt.save has written"),
+    ({"txt": torch.ones(1, 2, 3)}, "holds no encoded prompt: expected txt and pooled, as Prompt.save writes them"),
     ({"txt": torch.ones(1, 2, 3), "vec": torch.ones(1, 3), "more": torch.ones(1)}, "holds no encoded prompt"),
     ({"txt": torch.ones(1, 2, 3).int(), "vec": torch.ones(1, 3)}, "holds no encoded prompt"),
-    ({"txt": torch.ones(2, 3), "vec": torch.ones(1, 3)}, r"a Prompt has txt \(B, L, width\) and vec"),
+    ({"txt": torch.ones(2, 3), "vec": torch.ones(1, 3)}, r"a Prompt has txt \(B, L, width\) and pooled"),
     (None, "is not a complete safetensors file"),
 ])
 def test_another_file_is_refused_in_one_sentence(tmp_path, tensors, message):

@@ -26,7 +26,7 @@ from miniflux import (
     redux,
     redux_prompt,
 )
-from miniflux.imaging.images import fit
+from miniflux.imaging.images import preprocess
 from miniflux.kontext_edit import PREFERRED, reference_size
 from miniflux.latents import encode
 
@@ -126,7 +126,7 @@ def test_bfloat16_costs_a_task_no_more_than_it_costs_generate(models, picture, m
 
 
 def test_at_a_small_strength_little_changes(flux, picture):
-    z = encode(flux, fit([picture], 64, 48))
+    z = encode(flux, preprocess([picture], 64, 48))
     changes = [(image_to_image(flux, "an owl", picture, strength=s, width=64, height=48, steps=50, guidance=0.0, max_text_tokens=8,
                                output="latents", progress=False) - z).square().mean() for s in (0.02, 0.5, 1.0)]
     assert changes[0] < changes[1] < changes[2]
@@ -136,7 +136,7 @@ def test_at_a_small_strength_little_changes(flux, picture):
 def test_outside_the_mask_the_latents_arrive_where_they_were(models, picture, mask, paint, channels):
     flux = models[channels]
     result = paint(flux, "an owl", picture, mask, strength=1.0, width=64, height=48, output="latents", **SMALL)
-    z, inside = encode(flux, fit([picture], 64, 48)), torch.zeros(6, 8, dtype=bool)
+    z, inside = encode(flux, preprocess([picture], 64, 48)), torch.zeros(6, 8, dtype=bool)
     inside[1:4, 2:5] = True
     assert torch.allclose(result[..., ~inside], z[..., ~inside], atol=1e-5) and not torch.allclose(result[..., inside], z[..., inside], atol=0.1)
 
@@ -237,7 +237,7 @@ def test_several_pictures_are_weighted_and_none_is_left_out(flux, redux_folder, 
     """By hand: the sum of the single prompts; by default the mean. Without a text there are zeros."""
     with_redux, other = add_redux(flux, redux_folder), Image.new("RGB", (20, 90), (200, 10, 90))
     a, b = (redux_prompt(with_redux, p, prompt=None, max_text_tokens=4) for p in (picture, other))
-    assert not a.txt[:, :4].any() and not a.vec.any()
+    assert not a.txt[:, :4].any() and not a.pooled.any()
     mixed = redux_prompt(with_redux, [picture, other], prompt=None, scales=[0.7, 0.3], max_text_tokens=4)
     assert torch.allclose(mixed.txt, 0.7 * a.txt + 0.3 * b.txt, atol=1e-5)
     mean = redux_prompt(with_redux, [picture, other], prompt=None, max_text_tokens=4)

@@ -20,7 +20,7 @@ from ..checkpoints.hub import find_network
 from ..checks import check_number, quote, to_number
 from ..devices import default_dtype, find_device
 from ..flux import Flux
-from ..imaging.images import Picture, fit, read_pictures, size_of
+from ..imaging.images import ImageLike, preprocess, read_images, size_of
 from ..latents import encode
 from ..networks.controlnet import ControlNet, assign
 from ..prompt import Prompt
@@ -34,7 +34,7 @@ class Control(NamedTuple):
     """One ControlNet of a call. A plain tuple will do as well, and may leave out its last items."""
 
     net: ControlNet
-    image: Picture | list[Picture]      # the control image (edges, depths, ...), or one per prompt
+    image: ImageLike | list[ImageLike]      # the control image (edges, depths, ...), or one per prompt
     scale: float = 1.0                  # of the residuals, in [-100, 100]
     start: float = 0.0                  # the part of the steps in which the net acts, in [0, 1]
     end: float = 1.0
@@ -80,7 +80,7 @@ def read_control(flux: Flux, given: Control | tuple) -> Control:
     check_fits(control.net, flux)
     start = check_number("the start of a ControlNet", control.start, 0, 1)
     return control._replace(
-        image=read_pictures(control.image, "control image"),
+        image=read_images(control.image, "control image"),
         scale=check_number("the scale of a ControlNet", control.scale, -100, 100),
         start=start,
         end=check_number("the end of a ControlNet", control.end, start, 1),
@@ -139,7 +139,7 @@ def window(ts: Sequence[float], start: float, end: float) -> tuple[float, float]
 def control_tokens(flux: Flux, control: Control, width: int, height: int) -> Tensor:
     """The control images as tokens (n, N, in_channels): their latents, or XLabs' hint of them."""
     net = control.net
-    images = fit(control.image, width, height)                                  # (n, 3, H, W)
+    images = preprocess(control.image, width, height)                                  # (n, 3, H, W)
     if net.config.hint:
         z = net.input_hint_block(images.to(net.img_in.weight))                  # (n, 16, h, w)
     else:
@@ -184,8 +184,8 @@ def residuals_of_net(flux: Flux, control: Control, text: Prompt, ts: Sequence[fl
     net, config = control.net, flux.mmdit.config
     low, high = window(ts, control.start, control.end)
     weight = net.img_in.weight                              # each net has its own device and dtype
-    tokens = repeat_to_batch(control_tokens(flux, control, width, height), text.vec)
-    txt, pooled = text.txt.to(weight), text.vec.to(weight)
+    tokens = repeat_to_batch(control_tokens(flux, control, width, height), text.pooled)
+    txt, pooled = text.txt.to(weight), text.pooled.to(weight)
     img_ids = image_ids(height // 8, width // 8).to(weight.device)
     txt_ids = text_ids(txt.shape[1]).to(weight.device)
 

@@ -28,10 +28,10 @@ from ..flux import Flux
 from ..imaging.images import (
     BICUBIC,
     CLIP_COLOURS,
-    Picture,
-    Pixels,
+    ImageLike,
+    RGBImage,
     as_pil,
-    fit,
+    preprocess,
     read_each,
     standardise,
 )
@@ -41,7 +41,7 @@ from ..networks.mmdit import KeysValues
 NAMES = {r"^(ip_adapter_proj_model|image_proj)\.": "projection.", r"^ip_adapter\.": "double_blocks.", r"\.processor\.": ".",
          r"ip_adapter_double_stream_([kv])_proj": r"\1_proj", r"to_([kv])_ip": r"\1_proj"}
 
-IPImage = Picture | Sequence[Picture | list[Picture] | None]   # one picture, or for each adapter one, several or none
+IPImage = ImageLike | Sequence[ImageLike | list[ImageLike] | None]   # one picture, or for each adapter one, several or none
 IPScale = float | Sequence[float | Sequence[float]]            # one number; for each adapter one, or one for each double block
 
 
@@ -87,8 +87,8 @@ class IPAdapter(nn.Module):
 class IPImages:
     """The pictures of a call, read: for each adapter those to follow, those to avoid, and its scale in each double block."""
 
-    wanted: list[list[Pixels]]
-    unwanted: list[list[Pixels]]
+    wanted: list[list[RGBImage]]
+    unwanted: list[list[RGBImage]]
     scales: list[list[float]]
 
 
@@ -156,7 +156,7 @@ def read_ip_images(flux: Flux, image: IPImage | None, scale: IPScale, negative: 
     return IPImages(wanted, unwanted, read_scales(flux, scale))
 
 
-def read_images(flux: Flux, given: IPImage, what: str) -> list[list[Pixels]]:
+def read_images(flux: Flux, given: IPImage, what: str) -> list[list[RGBImage]]:
     """For each adapter its pictures, none where it is to do nothing."""
     given = list(given) if isinstance(given, (list, tuple)) else [given]
     if len(given) != (need := len(flux.ip_adapters)):
@@ -190,7 +190,7 @@ def read_scales(flux: Flux, scale: IPScale) -> list[list[float]]:
     return scales
 
 
-def image_keys_values(flux: Flux, pictures: list[list[Pixels]], scales: list[list[float]]) -> list[KeysValues]:
+def image_keys_values(flux: Flux, pictures: list[list[RGBImage]], scales: list[list[float]]) -> list[KeysValues]:
     """For each double block, the keys and values (1, H, T, D) that each adapter adds; the scale is in the values."""
     heads, blocks = flux.mmdit.config.num_heads, [[] for _ in scales[0]]
     for adapter, mine, factors in zip(flux.ip_adapters, pictures, scales):
@@ -202,14 +202,14 @@ def image_keys_values(flux: Flux, pictures: list[list[Pixels]], scales: list[lis
     return blocks
 
 
-def clip_vectors(flux: Flux, pictures: list[Pixels]) -> Tensor:
+def clip_vectors(flux: Flux, pictures: list[RGBImage]) -> Tensor:
     """(n, projection_dim)."""
     size, weight = flux.image_encoder.config.image_size, next(flux.image_encoder.parameters())
-    pixels = fit([middle_square(picture, size) for picture in pictures], size, size) / 2 + 0.5  # (n, 3, S, S) in [0, 1]
+    pixels = preprocess([middle_square(picture, size) for picture in pictures], size, size) / 2 + 0.5  # (n, 3, S, S) in [0, 1]
     return flux.image_encoder(standardise(pixels, CLIP_COLOURS).to(weight))
 
 
-def middle_square(picture: Pixels, size: int) -> Image.Image:
+def middle_square(picture: RGBImage, size: int) -> Image.Image:
     """The shorter side is resized to `size`, the longer one cut: as CLIP was trained."""
     picture = as_pil(picture)
     width, height = (max(size, int(size * side / min(picture.size))) for side in picture.size)

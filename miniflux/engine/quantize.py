@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters.lora import LoRAs, with_loras
-from ..checkpoints.quantized import BLOCK, FLOAT8, NF4, QuantizedTensor, QuantizedLinear
+from ..checkpoints.quantized import BLOCK, FLOAT8, NF4, QuantizedLinear, QuantizedTensor
 from ..flux import Flux
 from .features import check_order
 

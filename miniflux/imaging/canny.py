@@ -13,10 +13,10 @@ import numpy as np
 from PIL import Image
 
 from ..command import Parser, command
-from .images import Picture, as_pil, check_number, check_output, read_picture, save
+from .images import ImageLike, as_pil, check_number, check_output, read_image, save
 
 
-def canny(image: Picture, low: float = 50, high: float = 200) -> Image.Image:
+def canny(image: ImageLike, low: float = 50, high: float = 200) -> Image.Image:
     """White edges on black, an RGB picture of the same size.
 
     low, high: thresholds of the gradient |dx| + |dy| by 3x3 Sobel filters, 0 to 2040: above `high` an edge begins, above `low` it
@@ -24,7 +24,7 @@ def canny(image: Picture, low: float = 50, high: float = 200) -> Image.Image:
     low = check_number("the threshold low", low, 0, 1_000_000)
     high = check_number("the threshold high", high, 0, 1_000_000)
     low, high = sorted((int(low), int(high)))
-    dx, dy, strength = gradient(np.asarray(as_pil(read_picture(image)), np.int32))
+    dx, dy, strength = gradient(np.asarray(as_pil(read_image(image)), np.int32))
     ridge = thin(dx, dy, strength)
     edges = hysteresis(ridge & (strength > low), ridge & (strength > high))
     return Image.fromarray(edges.astype(np.uint8) * 255).convert("RGB")

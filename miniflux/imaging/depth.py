@@ -25,9 +25,9 @@ from ..networks.depth_anything import DepthAnything
 from .images import (
     BICUBIC,
     IMAGENET_COLOURS,
-    Picture,
+    ImageLike,
     check_output,
-    read_picture,
+    read_image,
     save,
     size_of,
     standardise,
@@ -45,12 +45,12 @@ def load_depth(source: str | os.PathLike, *, device: torch.device | str | None =
 
 
 @torch.no_grad()
-def depth(image: Picture, net: DepthAnything, *, standard: bool = False) -> Image.Image:
+def depth(image: ImageLike, net: DepthAnything, *, standard: bool = False) -> Image.Image:
     """An RGB picture of the same size, grey: near is bright.
 
     standard: prepare the picture as the network was trained, and do not stretch the depths (see above).
     Raises ValueError or FileNotFoundError for what is no picture, or one that is too small, too narrow or too large."""
-    picture = read_picture(image)
+    picture = read_image(image)
     width, height = size_of(picture)
     seen = standard_size(width, height, net) if standard else (width, height)
     if min(seen) < net.config.patch_size or seen[0] * seen[1] > MAX_PIXELS:

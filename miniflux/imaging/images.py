@@ -1,8 +1,8 @@
 """Pictures on disk and in memory <-> tensors: what may be given as one, sizes, conversions, and the text a PNG carries.
 
-    read_pictures     paths, PIL images, arrays, tensors -> one known form
+    read_images       paths, PIL images, arrays, tensors -> one known form
     natural_size      the size to paint in the shape of a picture
-    fit, to_pil       that form -> tensors of the size to paint, and back
+    preprocess, to_pil   that form -> tensors of the size to paint, and back
     save              a picture with its making, whole or not at all
 """
 
@@ -32,14 +32,14 @@ CLIP_COLOURS = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.2
 IMAGENET_COLOURS = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 LANCZOS, BICUBIC = Image.Resampling.LANCZOS, Image.Resampling.BICUBIC
 
-Pictures = list[Image.Image] | Tensor  # what a task returns
-Picture = Image.Image | str | os.PathLike | np.ndarray | Tensor
-Pixels = Image.Image | Tensor          # once read: an upright RGB picture, or (3, H, W) in [0, 1] where numbers were given
+Images = list[Image.Image] | Tensor  # what a task returns
+ImageLike = Image.Image | str | os.PathLike | np.ndarray | Tensor
+RGBImage = Image.Image | Tensor          # once read: an upright RGB picture, or (3, H, W) in [0, 1] where numbers were given
 
 # ------------------------------------------------------------------------------------------------------------- reading
 
 
-def open_picture(source: str | os.PathLike, what: str) -> Image.Image:
+def open_image(source: str | os.PathLike, what: str) -> Image.Image:
     """The decoded picture of a file; refused before decoding if it claims to be larger than MAX_PIXELS."""
     if str(source).startswith(("http:", "https:", "ftp:", "data:")):
         raise ValueError(f"the {what} {str(source):.100} is an address, which is not fetched: download it first, and give the file")
@@ -62,7 +62,7 @@ def open_picture(source: str | os.PathLike, what: str) -> Image.Image:
 
 
 def to_rgb(picture: Image.Image, background: str, what: str, is_mask: bool = False) -> Image.Image | Tensor:
-    """Upright, opaque, RGB: what `read_picture` describes, for a PIL picture of any mode."""
+    """Upright, opaque, RGB: what `read_image` describes, for a PIL picture of any mode."""
     if not 0 < picture.width * picture.height <= MAX_PIXELS:
         raise ValueError(f"the {what} has {picture.width} x {picture.height} pixels: expected 1 to {MAX_PIXELS:,}")
     picture = ImageOps.exif_transpose(picture)
@@ -92,7 +92,7 @@ def lab_to_rgb(picture: Image.Image) -> Image.Image:
 
 
 def from_numbers(array: np.ndarray, what: str, is_mask: bool = False) -> Image.Image | Tensor:
-    """An array (H, W), (H, W, 1), (H, W, 3) or, of whole numbers, (H, W, 4); its numbers as `read_picture` describes."""
+    """An array (H, W), (H, W, 1), (H, W, 3) or, of whole numbers, (H, W, 4); its numbers as `read_image` describes."""
     channels = array.shape[2] if array.ndim == 3 else 1
     is_real = array.dtype == bool or np.issubdtype(array.dtype, np.integer) or np.issubdtype(array.dtype, np.floating)
     if array.ndim not in (2, 3) or not array.size or channels not in (1, 3, 4):
@@ -112,7 +112,7 @@ def from_numbers(array: np.ndarray, what: str, is_mask: bool = False) -> Image.I
     return Image.fromarray(array.astype(np.uint8))
 
 
-def read_picture(source: Picture, what: str = "picture", background: str = "white", is_mask: bool = False) -> Pixels:
+def read_image(source: ImageLike, what: str = "picture", background: str = "white", is_mask: bool = False) -> RGBImage:
     """One picture from whatever a caller may give, by one rule:
 
     - a file or a PIL picture: turned upright, laid on the background where it is transparent, and converted to RGB; modes of
@@ -124,7 +124,7 @@ def read_picture(source: Picture, what: str = "picture", background: str = "whit
 
     Raises ValueError or FileNotFoundError for everything else, in one sentence."""
     if isinstance(source, (str, os.PathLike)):
-        source = open_picture(source, what)
+        source = open_image(source, what)
     if isinstance(source, Tensor):
         if source.ndim not in (2, 3) or source.ndim == 3 and len(source) not in (1, 3, 4):
             raise ValueError(f"the {what} is a tensor of the shape {tuple(source.shape)}: expected (3, H, W)")
@@ -140,18 +140,18 @@ def read_picture(source: Picture, what: str = "picture", background: str = "whit
     return source
 
 
-def read_each(source: Picture | list[Picture], what: str = "picture", background: str = "white", is_mask: bool = False
-              ) -> list[Pixels]:
+def read_each(source: ImageLike | list[ImageLike], what: str = "picture", background: str = "white", is_mask: bool = False
+              ) -> list[RGBImage]:
     """One picture, or several: a list, an array (B, H, W, 3) or a tensor (B, 3, H, W)."""
     several = isinstance(source, (list, tuple)) or isinstance(source, (np.ndarray, Tensor)) and source.ndim == 4
-    pictures = [read_picture(one, what, background, is_mask) for one in (source if several else [source])]
+    pictures = [read_image(one, what, background, is_mask) for one in (source if several else [source])]
     if not pictures:
         raise ValueError(f"there is no {what}: expected one, or a list of them")
     return pictures
 
 
-def read_pictures(source: Picture | list[Picture], what: str = "picture", background: str = "white", is_mask: bool = False
-                  ) -> list[Pixels]:
+def read_images(source: ImageLike | list[ImageLike], what: str = "picture", background: str = "white", is_mask: bool = False
+                  ) -> list[RGBImage]:
     """As `read_each`, but all of one size, since they are worked on together."""
     pictures = read_each(source, what, background, is_mask)
     if len(sizes := {size_of(picture) for picture in pictures}) > 1:
@@ -160,7 +160,7 @@ def read_pictures(source: Picture | list[Picture], what: str = "picture", backgr
     return pictures
 
 
-def size_of(picture: Pixels) -> tuple[int, int]:
+def size_of(picture: RGBImage) -> tuple[int, int]:
     """(width, height)."""
     return picture.size if isinstance(picture, Image.Image) else (picture.shape[-1], picture.shape[-2])
 
@@ -205,7 +205,7 @@ def natural_size(like: tuple[int, int], area: int, width: int | None = None, hei
 # ------------------------------------------------------------------------------------------------------------- tensors
 
 
-def to_tensor(picture: Pixels, width: int, height: int, resample: Image.Resampling = LANCZOS) -> Tensor:
+def to_tensor(picture: RGBImage, width: int, height: int, resample: Image.Resampling = LANCZOS) -> Tensor:
     """(1, 3, H, W) in [0, 1]; where the size differs, resized in 8 bits a channel, as Pillow does."""
     if size_of(picture) != (width, height):
         picture = as_pil(picture).resize((width, height), resample)
@@ -214,11 +214,11 @@ def to_tensor(picture: Pixels, width: int, height: int, resample: Image.Resampli
     return torch.from_numpy(np.asarray(picture, np.float32) / 255).permute(2, 0, 1)[None]
 
 
-def as_pil(picture: Pixels) -> Image.Image:
+def as_pil(picture: RGBImage) -> Image.Image:
     return picture if isinstance(picture, Image.Image) else to_pil(picture[None])[0]
 
 
-def fit(pictures: list[Pixels], width: int, height: int, resample: Image.Resampling = LANCZOS) -> Tensor:
+def preprocess(pictures: list[RGBImage], width: int, height: int, resample: Image.Resampling = LANCZOS) -> Tensor:
     """What a network reads: (n, 3, H, W) in [-1, 1]."""
     return torch.cat([to_tensor(picture, width, height, resample) for picture in pictures]) * 2 - 1
 

@@ -17,7 +17,7 @@ from PIL import Image
 from ..checkpoints.hub import OFFICIAL
 from ..command import Parser, command
 from ..settings import DEFAULTS
-from .images import open_picture, to_rgb, to_tensor
+from .images import open_image, to_rgb, to_tensor
 from .watermark import MESSAGE, read_watermark
 
 DESCRIPTION, MAKE, MODEL, SOFTWARE = 0x010E, 0x010F, 0x0110, 0x0131
@@ -70,7 +70,7 @@ def info(picture: str | os.PathLike) -> dict[str, str]:
     """What a picture file says: its texts, its EXIF marks, `watermark` if it has the original's, and `command` if one repeats it.
 
     Raises FileNotFoundError or ValueError for what is no picture."""
-    image = open_picture(picture, "picture")
+    image = open_image(picture, "picture")
     found = {str(key): str(value) for key, value in getattr(image, "text", {}).items()}
     try:
         exif = dict(image.getexif())

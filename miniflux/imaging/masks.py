@@ -18,13 +18,13 @@ from torch import Tensor
 from .images import (
     LANCZOS,
     MAX_SIDE,
-    Picture,
-    Pixels,
+    ImageLike,
+    RGBImage,
     as_pil,
     check_number,
-    open_picture,
-    read_picture,
-    read_pictures,
+    open_image,
+    read_image,
+    read_images,
     size_of,
     to_tensor,
 )
@@ -34,25 +34,25 @@ log = logging.getLogger("miniflux")
 
 def mask_from_alpha(image: Image.Image | str | os.PathLike) -> Image.Image:
     """A mask from a picture with transparency: white where nothing is to be seen. Raises ValueError for an opaque one."""
-    picture = image if isinstance(image, Image.Image) else open_picture(image, "picture")
+    picture = image if isinstance(image, Image.Image) else open_image(image, "picture")
     if not picture.has_transparency_data:
         raise ValueError("the picture has no transparent part that could be the mask: give a mask")
     return ImageOps.invert(ImageOps.exif_transpose(picture).convert("RGBA").getchannel("A"))
 
 
-def blur_mask(mask: Picture, radius: float = 12) -> Image.Image:
+def blur_mask(mask: ImageLike, radius: float = 12) -> Image.Image:
     """The mask, grey, with a Gaussian edge of so many pixels. Tasks cut masks at one half, so this rounds corners and closes
     gaps; and it softens the seam where a region is pasted back."""
     radius = check_number("the blur's radius", radius, 0, 1000)
-    return as_pil(read_picture(mask, "mask", "black", is_mask=True)).convert("L").filter(ImageFilter.GaussianBlur(radius))
+    return as_pil(read_image(mask, "mask", "black", is_mask=True)).convert("L").filter(ImageFilter.GaussianBlur(radius))
 
 
-def expand_canvas(image: Picture, left: int = 0, top: int = 0, right: int = 0, bottom: int = 0,
+def expand_canvas(image: ImageLike, left: int = 0, top: int = 0, right: int = 0, bottom: int = 0,
                   overlap: int = 0) -> tuple[Image.Image, Image.Image]:
     """Outpainting: the picture on a larger grey canvas, and the mask of what is new: (picture, mask), ready for `fill`.
 
     The margins are in pixels; `overlap` pixels of the picture's edge beside a margin are repainted too, to hide the seam."""
-    picture = as_pil(read_picture(image))
+    picture = as_pil(read_image(image))
     given = {"left": left, "top": top, "right": right, "bottom": bottom, "overlap": overlap}
     *margins, overlap = (check_number(name, value, 0, MAX_SIDE, whole=True) for name, value in given.items())
     left, top, right, bottom = margins
@@ -67,10 +67,10 @@ def expand_canvas(image: Picture, left: int = 0, top: int = 0, right: int = 0, b
     return canvas, mask
 
 
-def read_masks(source: Picture | list[Picture], pictures: list[Pixels]) -> list[Image.Image]:
+def read_masks(source: ImageLike | list[ImageLike], pictures: list[RGBImage]) -> list[Image.Image]:
     """A mask for each picture, from one or from as many. Transparent parts count as black, so that white strokes on nothing
     are a mask. One of another size than its picture will be resized, which is said once."""
-    masks = [as_pil(mask) for mask in read_pictures(source, "mask", "black", is_mask=True)]
+    masks = [as_pil(mask) for mask in read_images(source, "mask", "black", is_mask=True)]
     if len(masks) not in (1, len(pictures)):
         raise ValueError(f"there are {len(masks)} masks for {len(pictures)} pictures: give one, or one for each")
     if (have := size_of(masks[0])) != (need := size_of(pictures[0])):
@@ -156,8 +156,8 @@ def paste(painted: Tensor, pictures: Tensor, weight: Tensor, box: tuple[int, int
     return pictures * (1 - weight) + layer * weight                             # (B, 3, H, W)
 
 
-def around_mask(pictures: list[Pixels], masks: list[Image.Image], width: int, height: int, padding: int
-                ) -> tuple[Callable[[Pixels], Image.Image], Callable[[Tensor], Tensor]]:
+def around_mask(pictures: list[RGBImage], masks: list[Image.Image], width: int, height: int, padding: int
+                ) -> tuple[Callable[[RGBImage], Image.Image], Callable[[Tensor], Tensor]]:
     """The region around the mask, `padding` pixels wider: (what cuts it out of a picture of the same scene and enlarges it to
     width x height, what puts back there what was painted). Raises ValueError for more than one picture, and for an empty mask."""
     padding = check_number("mask_padding", padding, 0, MAX_SIDE, whole=True)
@@ -167,7 +167,7 @@ def around_mask(pictures: list[Pixels], masks: list[Image.Image], width: int, he
     box = crop_box(mask, width, height, padding)
     weight = torch.from_numpy(np.asarray(mask.convert("L"), np.float32) / 255)[None, None]  # (1, 1, H, W)
 
-    def near(whole: Pixels) -> Image.Image:
+    def near(whole: RGBImage) -> Image.Image:
         return letterbox(as_pil(whole).resize(picture.size, LANCZOS).crop(box), width, height)
 
     return near, lambda painted: paste(painted, to_tensor(picture, *picture.size), weight, box)

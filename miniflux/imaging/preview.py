@@ -23,14 +23,14 @@ from ..command import Parser, command
 from ..flux import Flux
 from ..latents import encode
 from ..loading import load
-from .images import Picture, fit, natural_size, read_each, size_of
+from .images import ImageLike, natural_size, preprocess, read_each, size_of
 
 
-def fit_preview(flux: Flux, pictures: Picture | list[Picture]) -> Tensor:
+def fit_preview(flux: Flux, pictures: ImageLike | list[ImageLike]) -> Tensor:
     """The map (3, 17) from the latents, and a one behind them, to the mean colour in [0, 1] of the pixels they stand for."""
     latents, colours = [], []
     for picture in read_each(pictures):
-        pixels = fit([picture], *natural_size(size_of(picture), flux.config.size ** 2))  # (1, 3, H, W)
+        pixels = preprocess([picture], *natural_size(size_of(picture), flux.config.size ** 2))  # (1, 3, H, W)
         z = encode(flux, pixels).cpu()                                          # (1, 16, h, w)
         latents.append(z[0].flatten(1).t())                                     # (h·w, 16)
         colours.append(F.adaptive_avg_pool2d(pixels / 2 + 0.5, z.shape[-2:])[0].flatten(1).t())

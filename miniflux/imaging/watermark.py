@@ -14,13 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .images import Picture, Pictures, Pixels, read_each, size_of, to_pil, to_tensor
+from .images import ImageLike, Images, RGBImage, read_each, size_of, to_pil, to_tensor
 
 MESSAGE = [int(bit) for bit in f"{0b001010101111111010000111100111001111010100101110:b}"]
 STEP, MARGIN = 36.0, 4.0               # MARGIN: room for rounding
 
 
-def add_watermark(pictures: Picture | list[Picture], message: Sequence[int] = MESSAGE) -> Pictures:
+def add_watermark(pictures: ImageLike | list[ImageLike], message: Sequence[int] = MESSAGE) -> Images:
     """The pictures with the message in them: a tensor (B, 3, H, W) in [0, 1] as a tensor, others as a list of PIL pictures.
 
     Raises ValueError for pictures with fewer blocks of 8x8 pixels than the message has bits, and for what is no picture."""
@@ -43,7 +43,7 @@ def add_watermark(pictures: Picture | list[Picture], message: Sequence[int] = ME
     return (shift(pixels, change) / 255).to(pictures.dtype)
 
 
-def read_watermark(pictures: Picture | list[Picture], length: int = len(MESSAGE)) -> list[list[int]]:
+def read_watermark(pictures: ImageLike | list[ImageLike], length: int = len(MESSAGE)) -> list[list[int]]:
     """The bits in each of the pictures, whatever they mean: without a mark they are noise.
 
     pictures: a tensor (B, 3, H, W) in [0, 1], or one picture of any kind, or a list of them.
@@ -60,7 +60,7 @@ def is_batch(pictures) -> bool:
     return isinstance(pictures, Tensor) and pictures.ndim == 4 and pictures.shape[1] == 3 and pictures.is_floating_point()
 
 
-def batch_of(picture: Pixels) -> Tensor:
+def batch_of(picture: RGBImage) -> Tensor:
     """(1, 3, H, W) in [0, 1]."""
     return to_tensor(picture, *size_of(picture))
 

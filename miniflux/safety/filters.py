@@ -27,8 +27,8 @@ from ..devices import find_device
 from ..imaging.images import (
     BICUBIC,
     CLIP_COLOURS,
-    Picture,
-    Pixels,
+    ImageLike,
+    RGBImage,
     as_pil,
     read_each,
     size_of,
@@ -87,7 +87,7 @@ def load_filters(classifier: str | os.PathLike, pixtral: str | os.PathLike | Non
 
 
 @torch.no_grad()
-def is_flagged(image_or_text: Picture | list[Picture], filters: Filters) -> bool:
+def is_flagged(image_or_text: ImageLike | list[ImageLike], filters: Filters) -> bool:
     """Whether a text (a string) or one of the pictures (a path that is a `Path`, a PIL picture, an array, a tensor, or a list of
     them) is what the filters look for."""
     if isinstance(image_or_text, str):
@@ -98,7 +98,7 @@ def is_flagged(image_or_text: Picture | list[Picture], filters: Filters) -> bool
                for picture in read_each(image_or_text))
 
 
-def is_nsfw(picture: Pixels, filters: Filters) -> bool:
+def is_nsfw(picture: RGBImage, filters: Filters) -> bool:
     net = filters.classifier
     x = to_tensor(picture, net.config.image_size, net.config.image_size, Image.Resampling.BILINEAR) * 2 - 1
     scores = net(x.to(next(net.parameters()))).float().softmax(dim=-1)          # (1, labels)
@@ -106,7 +106,7 @@ def is_nsfw(picture: Pixels, filters: Filters) -> bool:
     return not float(scores[0, net.config.labels.index("nsfw")]) <= THRESHOLD
 
 
-def says_yes(filters: Filters, question: list[str | Pixels]) -> bool:
+def says_yes(filters: Filters, question: list[str | RGBImage]) -> bool:
     """Whether Pixtral's next word after the question, of texts and at most one picture, is rather "yes" than "no"."""
     net, tokenizer = filters.pixtral, filters.tokenizer
     special, weights = tokenizer.special, next(net.parameters())
@@ -125,7 +125,7 @@ def says_yes(filters: Filters, question: list[str | Pixels]) -> bool:
     return not bool(logits[yes] <= logits[no])                                  # nan flags here too
 
 
-def show(picture: Pixels, patch: int) -> Tensor:
+def show(picture: RGBImage, patch: int) -> Tensor:
     """What Pixtral sees: about 512 x 512 pixels in the picture's shape, rounded up to whole patches: (1, 3, H, W)."""
     width, height = size_of(picture)
     scale = (AREA / (width * height)) ** 0.5

@@ -41,7 +41,7 @@ class Pairing(nn.Module):
         nn.init.normal_(tower.vision_model.embeddings.position_embedding.weight, std=tower.config.hidden_size ** -0.5)
 
     def forward(self, pictures: Tensor, captions: Prompt) -> Tensor:
-        x, y = self.picture_map(self.look(self.tower, pictures)), self.text_map(captions.vec)        # (B, width) each
+        x, y = self.picture_map(self.look(self.tower, pictures)), self.text_map(captions.pooled)        # (B, width) each
         return self.logit_scale.exp() * F.normalize(x.float(), dim=-1) @ F.normalize(y.float(), dim=-1).T + self.logit_bias
 
     def loss(self, pictures: Tensor, captions: Prompt) -> Tensor:
@@ -65,8 +65,8 @@ def pairs(flux: Flux, rng: random.Random, count: int, held_out: bool = False) ->
     ground = rng.choice(GROUNDS) if rng.random() < 0.5 and not held_out else None
     scenes = [sample_scene(rng, ground=ground, canonical=True, held_out=held_out) for _ in range(count)]
     captions = encode_prompt(flux, [scene.caption for scene in scenes])
-    pictures = to_tensor(np.stack([render(scene) for scene in scenes])).to(captions.vec.device)
-    return pictures, Prompt(captions.txt.clone(), captions.vec.clone())                            # clones may be learnt from
+    pictures = to_tensor(np.stack([render(scene) for scene in scenes])).to(captions.pooled.device)
+    return pictures, Prompt(captions.txt.clone(), captions.pooled.clone())                            # clones may be learnt from
 
 
 def learn_pairs(folder: Path, base: Flux, make: Callable[[], nn.Module], *, steps: int | None, minutes: float | None, lr: float, seed: int

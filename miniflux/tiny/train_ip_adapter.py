@@ -67,7 +67,7 @@ def encode_pictures(flux: Flux, count: int, seed: int) -> tuple[list[Tensor], li
         with torch.autocast(asked.txt.device.type, torch.bfloat16):
             z = patchify(encode(flux, to_tensor(np.stack([render(scene) for scene in scenes]))))
         read = to_tensor(np.stack([render(alike(scene, rng)) for scene in scenes]))
-        columns.append([part.bfloat16().cpu() for part in (z, read, asked.txt, asked.vec, said.txt, said.vec)])
+        columns.append([part.bfloat16().cpu() for part in (z, read, asked.txt, asked.pooled, said.txt, said.pooled)])
         kept += scenes[:64 - len(kept)]
     return list(map(torch.cat, zip(*columns))), kept
 

@@ -56,7 +56,7 @@ def encode_edits(flux: Flux, count: int, seed: int) -> tuple[list[Tensor], list[
         with torch.autocast(said.txt.device.type, torch.bfloat16):
             z, r = (patchify(encode(flux, to_tensor(pictures))) for pictures in (after, before))
         asked = [tokenizer([edit[1] for edit in edits], MAX_TOKENS) for tokenizer in (flux.clip_tokenizer, flux.t5_tokenizer)]
-        columns.append([part.bfloat16().cpu() for part in (z, r, stress(before, after), said.txt, said.vec)] + asked)
+        columns.append([part.bfloat16().cpu() for part in (z, r, stress(before, after), said.txt, said.pooled)] + asked)
         kept += edits[:64 - len(kept)]
     return list(map(torch.cat, zip(*columns))), kept
 

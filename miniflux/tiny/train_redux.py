@@ -82,7 +82,7 @@ def train_to_be_understood(folder: Path, base: Flux, reader: Reader, count: int,
     mmdit, nothing = base.mmdit.requires_grad_(False), encode_prompt(base, "")
     device = mmdit.img_in.weight.device
     reader.to(device)
-    txt, vec = nothing.txt.clone().expand(BATCH, -1, -1), nothing.vec.clone().expand(BATCH, -1)
+    txt, vec = nothing.txt.clone().expand(BATCH, -1, -1), nothing.pooled.clone().expand(BATCH, -1)
     ids = image_ids(SIDE, SIDE, device=device)
     short, long = (text_ids(txt.shape[1] + more, device=device) for more in (0, SIGLIP.num_patches))
 

@@ -42,10 +42,10 @@ def paths(teacher: Flux, count: int, seed: int) -> tuple[Tensor, Tensor, Tensor]
         states, guidance = [x], torch.full((n,), GUIDANCE, device=device)
         for i, (now, then) in enumerate(zip(times, times[1:]), start=1):
             with torch.autocast(device.type, torch.bfloat16), attention_backend("formula"):
-                v = teacher.mmdit(MMDiTInputs(x, prompt.txt, prompt.vec, now.expand(n).to(device), guidance, *ids))
+                v = teacher.mmdit(MMDiTInputs(x, prompt.txt, prompt.pooled, now.expand(n).to(device), guidance, *ids))
             x = x + (then - now) * v.float()                                    # (n, N, 64)
             states += [x] if i % (TEACHER_STEPS // STEPS) == 0 else []
-        columns.append((torch.stack(states, dim=1).cpu(), prompt.txt.bfloat16().cpu(), prompt.vec.bfloat16().cpu()))
+        columns.append((torch.stack(states, dim=1).cpu(), prompt.txt.bfloat16().cpu(), prompt.pooled.bfloat16().cpu()))
     return tuple(map(torch.cat, zip(*columns)))
 
 

@@ -97,7 +97,7 @@ def encode_variant(flux: Flux, inputs: Callable, count: int, seed: int) -> tuple
         prompt = encode_prompt(flux, [scene.caption for scene in scenes])
         with torch.autocast(prompt.txt.device.type, torch.bfloat16):
             z, beside = patchify(encode(flux, to_tensor(pictures))), inputs(flux, scenes, pictures, rng)
-        columns.append([part.bfloat16().cpu() for part in (z, beside, prompt.txt, prompt.vec)])
+        columns.append([part.bfloat16().cpu() for part in (z, beside, prompt.txt, prompt.pooled)])
         kept += scenes[:64 - len(kept)]
     return *map(torch.cat, zip(*columns)), kept
 

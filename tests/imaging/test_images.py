@@ -14,11 +14,11 @@ from samples import SHARED
 from miniflux.imaging.images import (
     as_pil,
     encodable,
-    fit,
     natural_size,
+    preprocess,
     read_each,
-    read_picture,
-    read_pictures,
+    read_image,
+    read_images,
     round_size,
     save,
     size_of,
@@ -45,51 +45,51 @@ def test_a_path_an_array_and_a_tensor_are_the_same_picture(tmp_path):
     floats = COLOURS.astype(np.float32) / 255
     for source in (tmp_path / "a.png", str(tmp_path / "a.png"), Image.fromarray(COLOURS), COLOURS, floats, floats.astype(np.float64),
                    torch.from_numpy(COLOURS).permute(2, 0, 1), torch.from_numpy(floats).permute(2, 0, 1)):
-        picture = read_picture(source)
+        picture = read_image(source)
         assert size_of(picture) == (7, 5)
         assert torch.allclose(to_tensor(picture, 7, 5), torch.from_numpy(floats).permute(2, 0, 1)[None])
 
 
 def test_numbers_keep_their_precision_where_the_size_fits():
     floats = np.random.default_rng(0).random((8, 6, 3), dtype=np.float32)
-    assert torch.equal(to_tensor(read_picture(floats), 6, 8)[0], torch.from_numpy(floats).permute(2, 0, 1))
+    assert torch.equal(to_tensor(read_image(floats), 6, 8)[0], torch.from_numpy(floats).permute(2, 0, 1))
 
 
 def test_several_pictures_are_a_list_or_one_array_or_one_tensor():
-    assert len(read_pictures([COLOURS, Image.fromarray(COLOURS)])) == len(read_pictures(np.stack([COLOURS, COLOURS]))) == 2
-    assert len(read_pictures(torch.rand(3, 3, 8, 8))) == 3
+    assert len(read_images([COLOURS, Image.fromarray(COLOURS)])) == len(read_images(np.stack([COLOURS, COLOURS]))) == 2
+    assert len(read_images(torch.rand(3, 3, 8, 8))) == 3
 
 
 def test_transparent_parts_lie_on_white():
     """By hand: red at alpha 128 on white; nothing on white. A palette's transparency counts too."""
     rgba = Image.new("RGBA", (2, 1), (255, 0, 0, 128))
     rgba.putpixel((1, 0), (10, 20, 30, 0))
-    picture = read_picture(rgba)
+    picture = read_image(rgba)
     assert picture.mode == "RGB" and picture.getpixel((0, 0)) == (255, 127, 127) and picture.getpixel((1, 0)) == (255, 255, 255)
     palette = Image.new("P", (1, 1))
     palette.info["transparency"] = 0
-    assert read_picture(palette).getpixel((0, 0)) == (255, 255, 255)
+    assert read_image(palette).getpixel((0, 0)) == (255, 255, 255)
 
 
 def test_sixteen_bit_greys_are_scaled_not_cut_off(tmp_path):
     Image.fromarray(np.array([[0, 257 * 100, 65535]], np.uint16)).save(tmp_path / "grey.png")
-    assert [read_picture(tmp_path / "grey.png").getpixel((x, 0)) for x in range(3)] == [(0,) * 3, (100,) * 3, (255,) * 3]
+    assert [read_image(tmp_path / "grey.png").getpixel((x, 0)) for x in range(3)] == [(0,) * 3, (100,) * 3, (255,) * 3]
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "CMYK", "YCbCr", "HSV", "I;16", "I", "PA"])
 def test_every_usual_mode_is_read(mode):
-    assert read_picture(Image.new(mode, (3, 2))).mode == "RGB"
+    assert read_image(Image.new(mode, (3, 2))).mode == "RGB"
 
 
 def test_the_orientation_of_a_photo_is_applied(tmp_path):
     photo, exif = Image.new("RGB", (4, 2)), Image.Exif()
     exif[0x0112] = 6                                                            # turned by 90 degrees
     photo.save(tmp_path / "photo.jpg", exif=exif)
-    assert read_picture(tmp_path / "photo.jpg").size == (2, 4)
+    assert read_image(tmp_path / "photo.jpg").size == (2, 4)
 
 
 def test_a_picture_of_one_pixel_becomes_any_size():
-    assert torch.equal(fit([read_picture(Image.new("RGB", (1, 1), (255, 0, 0)))], 16, 32)[0, :, 5, 7], torch.tensor([1.0, -1, -1]))
+    assert torch.equal(preprocess([read_image(Image.new("RGB", (1, 1), (255, 0, 0)))], 16, 32)[0, :, 5, 7], torch.tensor([1.0, -1, -1]))
 
 
 @pytest.mark.parametrize("mode, colour, expected", [
@@ -114,7 +114,7 @@ def test_a_picture_of_one_pixel_becomes_any_size():
 ])
 def test_every_mode_of_pillow_has_its_colours(mode, colour, expected):
     """By hand, to a unit or two of 255 where a formula rounds."""
-    picture = as_pil(read_picture(Image.new(mode, (3, 2), colour)))
+    picture = as_pil(read_image(Image.new(mode, (3, 2), colour)))
     assert picture.mode == "RGB" and picture.size == (3, 2)
     assert max(abs(a - b) for a, b in zip(picture.getpixel((1, 1)), expected)) <= 2
 
@@ -122,9 +122,9 @@ def test_every_mode_of_pillow_has_its_colours(mode, colour, expected):
 def test_a_palettes_transparent_colour_is_the_background():
     picture = Image.new("P", (2, 1), 1)
     picture.putpalette([10, 20, 30, 200, 100, 50])
-    assert read_picture(picture).getpixel((0, 0)) == (200, 100, 50)
+    assert read_image(picture).getpixel((0, 0)) == (200, 100, 50)
     picture.info["transparency"] = 1
-    assert read_picture(picture).getpixel((0, 0)) == (255, 255, 255)
+    assert read_image(picture).getpixel((0, 0)) == (255, 255, 255)
 
 
 RAMP = np.tile(np.arange(256), (4, 1))
@@ -138,20 +138,20 @@ def test_numbers_of_every_type_have_their_brightness(array):
     """Oracle: the ramp as bytes. Arrays, tensors and, of the types it has, Pillow's pictures."""
     for source in (array, array[..., None], torch.from_numpy(array.astype(array.dtype.newbyteorder("="))) if array.dtype != np.uint32 else array,
                    *([Image.fromarray(array)] if array.dtype in (np.uint8, np.int32, np.uint16, np.float32) else [])):
-        found = np.asarray(as_pil(read_picture(source)), int)
+        found = np.asarray(as_pil(read_image(source)), int)
         assert abs(found - RAMP[..., None]).max() <= 0
 
 
 def test_what_is_read_shares_no_memory_with_what_was_given():
     array = np.zeros((4, 4, 3), np.float32)
-    read_picture(array).add_(1)
+    read_image(array).add_(1)
     assert array.max() == 0
 
 
 def test_resizing_is_pillows_lanczos():
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8))
     expected = np.asarray(picture.resize((32, 16), Image.Resampling.LANCZOS))
-    assert np.array_equal(np.asarray(to_pil(fit([picture], 32, 16) / 2 + 0.5)[0]), expected)
+    assert np.array_equal(np.asarray(to_pil(preprocess([picture], 32, 16) / 2 + 0.5)[0]), expected)
 
 
 @pytest.mark.parametrize("source, sentence", [
@@ -178,7 +178,7 @@ def test_resizing_is_pillows_lanczos():
 ])
 def test_what_is_no_picture_gets_one_sentence(source, sentence):
     with pytest.raises((ValueError, FileNotFoundError), match=sentence):
-        read_pictures(source, "image")
+        read_images(source, "image")
 
 
 @pytest.mark.parametrize("width", [9_500, 13_500, 50_000], ids=lambda w: f"{w} x {w}")
@@ -186,7 +186,7 @@ def test_a_picture_that_claims_to_be_huge_is_refused_before_it_is_decoded(tmp_pa
     path = png_header(tmp_path / "bomb.png", width, width)
     assert path.stat().st_size < 100
     with pytest.raises(ValueError, match="claims more than 89,478,485 pixels"):
-        read_picture(path)
+        read_image(path)
 
 
 def test_truncated_and_foreign_files_get_one_sentence(tmp_path):
@@ -195,9 +195,9 @@ def test_truncated_and_foreign_files_get_one_sentence(tmp_path):
     (tmp_path / "text.png").write_text("hello")
     for name in ("cut.png", "text.png"):
         with pytest.raises(ValueError, match="cannot be read as a picture"):
-            read_picture(tmp_path / name)
+            read_image(tmp_path / name)
     with pytest.raises(FileNotFoundError, match="does not exist"):
-        read_picture(tmp_path)
+        read_image(tmp_path)
 
 
 def test_pictures_of_several_sizes_may_be_read_one_by_one():
@@ -221,7 +221,7 @@ def test_a_rounded_size_is_said(caplog):
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the pictures lie beside the repository")
 def test_real_pictures_are_read_at_their_own_size():
-    assert size_of(read_picture(SHARED / "robot.webp")) == (840, 840) and size_of(read_picture(SHARED / "cup_mask.png")) == (1232, 1632)
+    assert size_of(read_image(SHARED / "robot.webp")) == (840, 840) and size_of(read_image(SHARED / "cup_mask.png")) == (1232, 1632)
 
 
 def test_metadata_that_is_no_text_is_written_with_escapes(tmp_path):

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from miniflux import blur_mask, expand_canvas, mask_from_alpha
-from miniflux.imaging.images import read_pictures
+from miniflux.imaging.images import read_images
 from miniflux.imaging.masks import (
     around_mask,
     crop_box,
@@ -151,12 +151,12 @@ BLOCK[8:24, 16:40] = 1
     Image.fromarray(BLOCK.astype(np.float32)), Image.fromarray(BLOCK.astype(np.uint16)), Image.fromarray(BLOCK).convert("RGB"),
 ], ids=lambda mask: f"{type(mask).__name__} {getattr(mask, 'dtype', getattr(mask, 'mode', ''))}")
 def test_zeros_and_ones_are_a_mask_whatever_holds_them(mask):
-    photo = read_pictures(np.zeros((32, 48, 3), np.uint8))
+    photo = read_images(np.zeros((32, 48, 3), np.uint8))
     hole = fit_masks(read_masks(mask, photo), 48, 32)
     assert torch.equal(hole[0, 0], torch.from_numpy(BLOCK).float())
 
 
 def test_a_mask_file_of_zeros_and_ones_is_read(tmp_path):
     Image.fromarray(BLOCK).save(tmp_path / "mask.png")
-    hole = fit_masks(read_masks(tmp_path / "mask.png", read_pictures(np.zeros((32, 48, 3), np.uint8))), 48, 32)
+    hole = fit_masks(read_masks(tmp_path / "mask.png", read_images(np.zeros((32, 48, 3), np.uint8))), 48, 32)
     assert hole.sum() == BLOCK.sum()

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from miniflux import cli, generate, load
 from miniflux.checkpoints.vision import load_taef1
-from miniflux.imaging.images import fit
+from miniflux.imaging.images import preprocess
 from miniflux.imaging.preview import fit_preview, linear_preview, load_preview
 from miniflux.imaging.preview import main as command
 from miniflux.latents import encode
@@ -35,7 +35,7 @@ def photo(seed: int) -> Image.Image:
 
 def test_the_map_is_the_least_squares_solution(flux):
     pictures = [photo(seed) for seed in range(6)]
-    pixels = fit(pictures, 32, 32)
+    pixels = preprocess(pictures, 32, 32)
     x = encode(flux, pixels).permute(0, 2, 3, 1).reshape(-1, 16).numpy()
     y = (F.avg_pool2d(pixels, 8) / 2 + 0.5).permute(0, 2, 3, 1).reshape(-1, 3).numpy()
     expected = np.linalg.lstsq(np.c_[x, np.ones(len(x))].astype(np.float64), y.astype(np.float64), rcond=None)[0].T
@@ -47,7 +47,7 @@ def test_the_map_is_the_least_squares_solution(flux):
 
 def test_one_flat_picture_is_enough_for_its_own_colour(flux):
     picture = Image.new("RGB", (32, 32), (200, 100, 50))
-    seen = linear_preview(fit_preview(flux, picture), encode(flux, fit([picture], 32, 32)))
+    seen = linear_preview(fit_preview(flux, picture), encode(flux, preprocess([picture], 32, 32)))
     assert (seen.mean((2, 3)) * 255 - torch.tensor([200.0, 100, 50])).abs().max() < 3
 
 
@@ -59,7 +59,7 @@ def test_the_tiny_models_previews_have_its_colours():
         ("blue", "green", "pink", "yellow", "white", "purple", "orange", "black"))]
     unseen = ["two owls at night", "a boat in the sea", "a tree on a beach", "a fox on a red background"]
     pictures = generate(flux, seen + unseen, steps=8, progress=False)
-    pixels = fit(pictures[8:], 128, 128)
+    pixels = preprocess(pictures[8:], 128, 128)
     wanted = F.avg_pool2d(pixels / 2 + 0.5, 8)
     found = F.avg_pool2d(linear_preview(fit_preview(flux, pictures[:8]), encode(flux, pixels)), 8)
     assert (found - wanted).square().sum() < 0.25 * (wanted - wanted.mean((0, 2, 3), keepdim=True)).square().sum()

@@ -218,7 +218,7 @@ def test_redux_beside_a_text(redux_models, images, scales):
     theirs = prior(image=images, prompt=["an owl at night"] * len(images), **both)
     ours = redux_prompt(flux, images, prompt="an owl at night", scales=scales)
     assert ours.txt.shape == (1, 512 + 9, 32)
-    assert (ours.txt - theirs.prompt_embeds).abs().max() < 1e-5 and (ours.vec - theirs.pooled_prompt_embeds).abs().max() < 1e-5
+    assert (ours.txt - theirs.prompt_embeds).abs().max() < 1e-5 and (ours.pooled - theirs.pooled_prompt_embeds).abs().max() < 1e-5
 
 
 def test_redux_paints_what_the_two_pipelines_paint(redux_models):

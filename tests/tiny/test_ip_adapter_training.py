@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from miniflux import add_ip_adapter, generate, load
 from miniflux.adapters.ip_adapter import clip_vectors
 from miniflux.checkpoints.hub import SHIPPED
-from miniflux.imaging.images import read_pictures
+from miniflux.imaging.images import read_images
 from miniflux.prompt import encode_prompt
 from miniflux.tiny import towers, train, train_ip_adapter
 from miniflux.tiny.edits import describe, named
@@ -79,7 +79,7 @@ def test_each_picture_has_keys_and_values_of_its_own(plain, follower):
 def test_training_reads_a_picture_as_painting_does(plain, folder, follower):
     picture = render(sample_scene(random.Random(1)))
     trained = look(add_ip_adapter(plain, folder).image_encoder, towers.to_tensor(picture[None]))
-    used = clip_vectors(add_ip_adapter(plain, folder), read_pictures(Image.fromarray(picture), "picture"))
+    used = clip_vectors(add_ip_adapter(plain, folder), read_images(Image.fromarray(picture), "picture"))
     assert (trained - used).abs().max() < 1e-5 * used.abs().max()
 
 
@@ -114,7 +114,7 @@ def test_the_prompt_names_the_objects_and_the_picture_shows_their_ground(plain):
     for i, scene in enumerate(scenes):
         for told, txt, vec in ((named, asked, asked_vec), (describe, said, said_vec)):
             expected = encode_prompt(plain, told(scene))
-            assert (txt[i] - expected.txt[0]).abs().max() < 0.05 and (vec[i] - expected.vec[0]).abs().max() < 0.05
+            assert (txt[i] - expected.txt[0]).abs().max() < 0.05 and (vec[i] - expected.pooled[0]).abs().max() < 0.05
 
 
 def test_a_stage_killed_in_either_step_goes_on_there_to_the_same_bits(tmp_path, quick, monkeypatch):

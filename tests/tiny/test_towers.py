@@ -62,7 +62,7 @@ def test_half_of_the_batches_show_all_objects_on_one_ground(monkeypatch):
         pictures, captions = towers.pairs(flux, random.Random(seed), 6)
         alike += len({scene.ground for scene in drawn}) == 1
         assert torch.equal(pictures, to_tensor(np.stack([render(scene) for scene in drawn])))
-        assert torch.equal(captions.vec, encode_prompt(flux, [scene.caption for scene in drawn]).vec)
+        assert torch.equal(captions.pooled, encode_prompt(flux, [scene.caption for scene in drawn]).pooled)
     assert 3 <= alike <= 9
 
 
