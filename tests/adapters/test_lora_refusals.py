@@ -42,7 +42,7 @@ A, B = pair()
         ),
         ({f"{PROJ}.alpha": torch.tensor(1.0)}, "has only an alpha"),
         ({f"{PROJ}.dora_scale": draw(H)}, "has only dora"),
-        ({f"{PROJ}.dora_scale": draw(H), f"{PROJ}.diff_b": draw(H)}, "has DoRA magnitudes, and no LoRA"),
+        ({f"{PROJ}.dora_scale": draw(H), f"{PROJ}.diff_b": draw(H)}, "has DoRA magnitudes"),
         ({f"{PROJ}.hada_w1_a": B, f"{PROJ}.hada_w1_b": A}, "lacks hada_w2"),
         (
             {f"{PROJ}.oft_blocks": draw(4, 48, 48)},
