@@ -34,7 +34,7 @@ class Control(NamedTuple):
     """One ControlNet of a call. A plain tuple will do as well, and may leave out its last items."""
 
     net: ControlNet
-    image: ImageLike | list[ImageLike]      # the control image (edges, depths, ...), or one per prompt
+    image: ImageLike | list[ImageLike]  # the control image (edges, depths, ...), or one per prompt
     scale: float = 1.0                  # of the residuals, in [-100, 100]
     start: float = 0.0                  # the part of the steps in which the net acts, in [0, 1]
     end: float = 1.0
@@ -139,7 +139,7 @@ def window(ts: Sequence[float], start: float, end: float) -> tuple[float, float]
 def control_tokens(flux: Flux, control: Control, width: int, height: int) -> Tensor:
     """The control images as tokens (n, N, in_channels): their latents, or XLabs' hint of them."""
     net = control.net
-    images = preprocess(control.image, width, height)                                  # (n, 3, H, W)
+    images = preprocess(control.image, width, height)                            # (n, 3, H, W)
     if net.config.hint:
         z = net.input_hint_block(images.to(net.img_in.weight))                  # (n, 16, h, w)
     else:

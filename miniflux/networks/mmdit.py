@@ -271,7 +271,7 @@ class MMDiTInputs(NamedTuple):
 
     img: Tensor                        # the state as tokens (B, N, in_channels)
     txt: Tensor                        # T5's tokens (B, L, context_in_dim)
-    pooled: Tensor                     # CLIP's vector (B, vec_in_dim), as `MMDiT.prepare` returns it
+    pooled: Tensor                     # CLIP's vector (B, vec_in_dim), as `prepare` returns it
     t: Tensor                          # time (B,) in [0, 1]
     guidance: Tensor | None            # (B,), about 1 to 10; None where `guidance_embed` is false
     img_ids: Tensor                    # positions (N, 3), integers
