@@ -109,9 +109,12 @@ class FirstBlock:
 
 
 def relative_change(now: Tensor, before: Tensor) -> float:
-    """mean |now - before| / mean |before|; of the whole picture also where each process has a part of it."""
-    difference, size = all_reduce_sum(torch.stack([x.abs().sum(dtype=torch.float32) for x in (now - before, before)])).tolist()
-    return difference / size if size else math.inf
+    """mean |now - before| / mean |before|; of the whole image also where each process has a part of it.
+
+    Note: this reads one number back from the device in each step: whether to run the blocks is decided by the host."""
+    sums = torch.stack([x.abs().sum(dtype=torch.float32) for x in (now - before, before)])
+    difference, size = all_reduce_sum(sums).unbind()
+    return float(difference / size)                         # NaN or infinite, and so no resemblance, where all is 0
 
 
 def first_block(mmdit: MMDiT, threshold: float) -> MMDiT:
