@@ -2,19 +2,23 @@
 
     torchrun --nproc-per-node 4 -m miniflux.generate "a fox" --model dev
 
-    device = start()                                        the same in a script of one's own, which torchrun starts
+    device = start()            the same in a script of one's own, which torchrun starts
     flux = distribute(load("dev", device=device))
 
-Images that divide evenly among the N processes are sampled N at a time, each process its shard. Otherwise each process has
-a shard of the text and image tokens (DeepSpeed-Ulysses, Jacobs et al. 2023, arXiv:2309.14509). Everything that is computed
-token by token needs no other process. Only attention does, and for it tokens are exchanged for heads:
+Images that divide evenly among the N processes are sampled N at a time, each process its shard.
+Otherwise each process has a shard of the text and image tokens (DeepSpeed-Ulysses, Jacobs et al.
+2023, arXiv:2309.14509). Everything that is computed token by token needs no other process. Only
+attention does, and for it tokens are exchanged for heads:
 
-    my tokens, all heads   -- all to all -->   all tokens, my heads   -- attention -- all to all -->   my tokens, all heads
+    my tokens, all heads   -- all to all -->   all tokens, my heads
+                           -- attention, all to all -->   my tokens, all heads
 
-With shard=True each process keeps 1/N of the blocks' weights, and a block is gathered when it is needed (FSDP).
+With shard=True each process keeps 1/N of the blocks' weights, and a block is gathered when it is
+needed (FSDP).
 
-Every process gets the same result; of the commands only the first process writes and prints. The processes meet in the
-order of their calls, so one thread at a time may call such a model. Seam: model -> model.
+Every process gets the same result; of the commands only the first process writes and prints. The
+processes meet in the order of their calls, so one thread at a time may call such a model. Seam:
+model -> model.
 """
 
 import atexit
@@ -47,11 +51,11 @@ from .wrapping import shallow_copy, wrap_forward
 
 # Whether this thread computes the shard of a step just now.
 _in_shard: ContextVar[bool] = ContextVar("_in_shard", default=False)
-_store: dist.Store | None = None                            # key-value store that all processes share
-_broken = False                                             # whether another process has ended too early
+_store: dist.Store | None = None  # key-value store that all processes share
+_broken = False  # whether another process has ended too early
 
 
-# ---------------------------------------------------------------------------------------------------------- the processes
+# ------------------------------------------------------------------------------------ the processes
 
 
 def is_distributed() -> bool:
@@ -65,12 +69,14 @@ def is_rank_zero() -> bool:
 
 
 def start(device: str | None = None) -> torch.device:
-    """Join the processes that torchrun started, and return this one's device: its own GPU, or the CPU.
+    """Join the processes that torchrun started, and return this one's device: its own GPU, or the
+    CPU.
 
     device: "cuda" or "cpu" (default: CUDA where it is available)."""
     global _store
     if device not in (None, "cpu", "cuda"):
-        raise ValueError(f"the device is {device!r}: with several processes, expected cuda, of which each has its own, or cpu")
+        raise ValueError(f"the device is {device!r}: with several processes, expected cuda, "
+                         "of which each has its own, or cpu")
     here, backend = torch.device("cpu"), "gloo"
     if device != "cpu" and (device == "cuda" or torch.cuda.is_available()):
         here, backend = find_device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}"), "nccl"
@@ -82,17 +88,19 @@ def start(device: str | None = None) -> torch.device:
 
 
 def close() -> None:
-    """At the end of this process. Note: threads that still wait for another process would abort one that is done."""
-    if _broken:                                             # where a sharded network holds the group too, destroying it does not help
+    """At the end of this process. Note: threads that still wait for another process would abort one
+    that is done."""
+    if _broken:  # where a sharded network holds the group too, destroying it does not help
         sys.stdout.flush()
         sys.stderr.flush()
-        time.sleep(1)                                       # torchrun should see, and report, the process that died first
+        time.sleep(1)  # torchrun should see, and report, the process that died first
         os._exit(1)
     dist.destroy_process_group()
 
 
 def is_first_to_fail() -> bool:
-    """Whether no other process has failed before: only the first one prints why, the others fail because of it."""
+    """Whether no other process has failed before: only the first one prints why, the others fail
+    because of it."""
     try:
         return is_rank_zero() if _store is None else _store.add("failed", 1) == 1
     except RuntimeError:
@@ -106,10 +114,12 @@ def lost_process_as_sentence():
     try:
         yield
     except RuntimeError as error:
-        if not isinstance(error, dist.DistError) and "gloo" not in str(error):  # gloo's errors have no class, but name its files
+        # gloo's errors have no class, but name its files
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
         _broken = True
-        raise ConnectionError(f"another process of this run has ended ({' '.join(str(error).split())[:120]}): see what it "
+        reason = " ".join(str(error).split())[:120]
+        raise ConnectionError(f"another process of this run has ended ({reason}): see what it "
                               "printed, and start all of them again") from None
 
 
@@ -156,29 +166,34 @@ def all_gather(x: Tensor, n: int, dim: int) -> Tensor:
     return torch.cat(all_to_all([x] * dist.get_world_size(), shapes), dim)
 
 
-# ------------------------------------------------------------------------------------------------------------- the model
+# ---------------------------------------------------------------------------------------- the model
 
 
 def distribute(flux: Flux, shard: bool = False) -> Flux:
     """The model whose transformer and decoder share their work with those of the other processes.
 
-    shard: each process keeps only its shard of the weights of the transformer's and T5's blocks, and all else, on its own
+    shard: each process keeps only its shard of the weights of the transformer's and T5's blocks,
+        and all else, on its own
         device; the given model may lie on the CPU.
 
-    LoRAs and caches come before. Raises ValueError outside of several processes, for quantised weights with `shard`, and
-    when sampling with more processes than the transformer has heads."""
+    LoRAs and caches come before. Raises ValueError outside of several processes, for quantised
+    weights with `shard`, and when sampling with more processes than the transformer has heads."""
     if not dist.is_initialized():
-        raise ValueError("this process is alone: start several with `torchrun --nproc-per-node N`, and call start() in each of them")
+        raise ValueError("this process is alone: start several with `torchrun "
+                         "--nproc-per-node N`, and call start() in each of them")
     check_order(flux, "distributed")
-    if shard and any(isinstance(module, QuantizedLinear) for part in (flux.mmdit, flux.t5) if part for module in part.modules()):
-        raise ValueError("quantised weights cannot be sharded: distribute them whole, or shard the model as it was before")
+    blocks = [module for part in (flux.mmdit, flux.t5) if part for module in part.modules()]
+    if shard and any(isinstance(module, QuantizedLinear) for module in blocks):
+        raise ValueError("quantised weights cannot be sharded: distribute them whole, "
+                         "or shard the model as it was before")
     if dist.get_world_size() == 1:
         return flux
     flux = change_networks(flux, sharded) if shard else flux
     mmdit, autoencoder = wrap_forward(flux.mmdit, SequenceParallel()), flux.autoencoder
     mark(mmdit, "distributed")
     if autoencoder is not None:
-        autoencoder = shallow_copy(autoencoder, decoder=wrap_forward(autoencoder.decoder, decode_shard))
+        decoder = wrap_forward(autoencoder.decoder, decode_shard)
+        autoencoder = shallow_copy(autoencoder, decoder=decoder)
     return replace(flux, mmdit=mmdit, autoencoder=autoencoder)
 
 
@@ -190,15 +205,18 @@ def decode_shard(decoder: nn.Module, call: Callable, z: Tensor) -> Tensor:
 
 
 class SequenceParallel:
-    """Wraps the transformer's `forward`: this process's shard of the images, or of the tokens; then the whole velocity."""
+    """Wraps the transformer's `forward`: this process's shard of the images, or of the tokens; then
+    the whole velocity."""
 
     def __init__(self):
         self.lock = threading.Lock()
         self.thread: int | None = None                      # the thread whose calls are under way
-        self.calls: weakref.WeakSet = weakref.WeakSet()     # the memories of these calls, which end with them
+        # the memories of these calls, which end with them
+        self.calls: weakref.WeakSet = weakref.WeakSet()
 
     def __reduce__(self):
-        raise ValueError("a distributed model cannot be changed, copied or pickled any more: do so before it is distributed")
+        raise ValueError("a distributed model cannot be changed, copied or pickled any more: "
+                         "do so before it is distributed")
 
     @lost_process_as_sentence()
     def __call__(self, mmdit: MMDiT, call: Callable, inputs: MMDiTInputs) -> Tensor:
@@ -210,70 +228,83 @@ class SequenceParallel:
                 return all_gather(call(shard_images(inputs)), B, 0)
         # Note: the positions of all tokens, since attention is over all of them.
         residuals = inputs.residuals and [shard(residual, 1) for residual in inputs.residuals]
-        mine = inputs._replace(img=shard(inputs.img, 1), txt=shard(inputs.txt, 1), residuals=residuals)
-        with in_shard(), attention_through(partial(ulysses, shard_sizes(inputs.txt.shape[1]), shard_sizes(N))):
+        img, txt = shard(inputs.img, 1), shard(inputs.txt, 1)
+        mine = inputs._replace(img=img, txt=txt, residuals=residuals)
+        attend = partial(ulysses, shard_sizes(inputs.txt.shape[1]), shard_sizes(N))
+        with in_shard(), attention_through(attend):
             v = call(mine)
         return all_gather(v, N, 1)
 
     def check_thread(self, inputs: MMDiTInputs) -> None:
-        """Raise where another thread's call is under way: the processes would mix up what they send each other."""
+        """Raise where another thread's call is under way: the processes would mix up what they send
+        each other."""
         if inputs.memory is None:
             return
         with self.lock:
             if self.calls and self.thread != threading.get_ident():
-                raise ValueError("another thread is in the middle of a call of this distributed model: make its calls one after "
-                                 "the other, in the same order in each process")
+                raise ValueError("another thread is in the middle of a call of this distributed "
+                                 "model: make its calls one after the other, in the same order "
+                                 "in each process")
             self.thread = threading.get_ident()
             self.calls.add(inputs.memory)
 
 
 def shard_images(inputs: MMDiTInputs) -> MMDiTInputs:
     """This process's shard of the images of a batch."""
-    parts = {name: shard(getattr(inputs, name), 0) for name in ("img", "txt", "pooled", "t", "guidance")}
+    names = ("img", "txt", "pooled", "t", "guidance")
+    parts = {name: shard(getattr(inputs, name), 0) for name in names}
     residuals = inputs.residuals and [shard(residual, 0) for residual in inputs.residuals]
     image_kv = None
     if inputs.image_kv:
         # Note: keys and values of one image that all of the batch follow are not divided.
-        image_kv = [[(k, v) if len(k) == 1 else (shard(k, 0), shard(v, 0)) for k, v in kv] for kv in inputs.image_kv]
+        image_kv = [[pair if len(pair[0]) == 1 else tuple(shard(x, 0) for x in pair) for pair in kv]
+                    for kv in inputs.image_kv]
     return inputs._replace(**parts, residuals=residuals, image_kv=image_kv)
 
 
-def ulysses(text: list[int], image: list[int], attention: Callable, qkv: Tensor, pe: Tensor, image_scale: Tensor,
-            text_scale: Tensor | None, _: int) -> Tensor:
+def ulysses(text: list[int], image: list[int], attention: Callable, qkv: Tensor, pe: Tensor,
+            image_scale: Tensor, text_scale: Tensor | None, _: int) -> Tensor:
     """Attention of this process's tokens to all tokens: qkv (B, S, 3, H, D) -> (B, S, H·D).
 
     text, image: how many text and image tokens each process has."""
     B, S, _, H, D = qkv.shape
     if H < len(text):
-        raise ValueError(f"the {H} heads of this transformer cannot be divided among {len(text)} processes: start at most {H}, "
+        raise ValueError(f"the {H} heads of this transformer cannot be divided among {len(text)} "
+                         f"processes: start at most {H}, "
                          f"or paint a multiple of {len(text)} pictures at once")
     heads, L = shard_sizes(H), sum(text)
     mine = heads[dist.get_rank()]
-    received = all_to_all(qkv.split(heads, 3), [(B, l + n, 3, mine, D) for l, n in zip(text, image)])
+    shapes = [(B, l + n, 3, mine, D) for l, n in zip(text, image)]
+    received = all_to_all(qkv.split(heads, 3), shapes)
     # Note: text tokens come before image tokens; each process's shard begins with its text.
     texts, images = zip(*(part.split([l, n], 1) for part, l, n in zip(received, text, image)))
-    x = attention(torch.cat([*texts, *images], dim=1), pe, image_scale, text_scale, 0 if text_scale is None else L)
-    shards = zip(x[:, :L].split(text, 1), x[:, L:].split(image, 1))             # x (B, L+N, mine · D)
-    return torch.cat(all_to_all([torch.cat(pair, dim=1) for pair in shards], [(B, S, h * D) for h in heads]), dim=-1)
+    scaled = 0 if text_scale is None else L
+    x = attention(torch.cat([*texts, *images], dim=1), pe, image_scale, text_scale, scaled)
+    shards = zip(x[:, :L].split(text, 1), x[:, L:].split(image, 1))  # x (B, L+N, mine · D)
+    sent = [torch.cat(pair, dim=1) for pair in shards]
+    return torch.cat(all_to_all(sent, [(B, S, h * D) for h in heads]), dim=-1)  # (B, S, H·D)
 
 
 def sharded(network: nn.Module) -> nn.Module:
-    """A copy of a network on this process's device, whose blocks keep only a shard of their weights between their calls."""
+    """A copy of a network on this process's device, whose blocks keep only a shard of their weights
+    between their calls."""
     from torch.distributed.fsdp import fully_shard
 
     is_cuda = dist.get_backend() == "nccl"
     device = torch.device("cuda", torch.cuda.current_device()) if is_cuda else torch.device("cpu")
     mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
-    # Note: T5 looks up its biases in the weights of its first block before that is called, so first blocks stay whole.
-    lists = {MMDiT: ("double_blocks", "single_blocks"), T5: ("encoder.block",)}.get(type(network), ())
+    # Note: T5 looks up its biases in the weights of its first block before that is called, so first
+    # blocks stay whole.
+    names = {MMDiT: ("double_blocks", "single_blocks"), T5: ("encoder.block",)}
+    lists = names.get(type(network), ())
     shared = {id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())}
     network = copy.deepcopy(network, memo=shared)
     blocks = [block for name in lists for block in network.get_submodule(name)[1:]]
     within = {module for block in blocks for module in block.modules()}
     for module in network.modules():
         for name, weight in module.named_parameters(recurse=False):
-            # Note: FSDP takes contiguous weights only, and moves a block to the device when it shards it, so that
-            # never all of them are there.
+            # Note: FSDP takes contiguous weights only, and moves a block to the device when it
+            # shards it, so that never all of them are there.
             weight = weight.data.contiguous() if module in within else weight.data.to(device)
             setattr(module, name, nn.Parameter(weight, requires_grad=False))
     for block in blocks:

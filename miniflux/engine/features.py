@@ -7,7 +7,8 @@ from torch import nn
 
 from ..flux import Flux
 
-# Feature -> the features that may not be there before it, itself included where it is added once at most.
+# Feature -> the features that may not be there before it, itself included where it is added once at
+# most.
 NOT_AFTER = {
     "quantized": ("offloaded", "distributed"),
     "compiled": ("compiled", "distributed"),
@@ -31,4 +32,5 @@ def check_order(flux: Flux, feature: str) -> None:
     """Raise ValueError where this feature may not be added any more."""
     for other in NOT_AFTER[feature]:
         if other in features_of(flux.mmdit):
-            raise ValueError(f"this model is {other} already, and then cannot be {feature}: use the model as it was before")
+            raise ValueError(f"this model is {other} already, and then cannot be {feature}: "
+                             "use the model as it was before")

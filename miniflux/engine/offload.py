@@ -2,17 +2,19 @@
 
     flux = offload(load("dev", device="cpu", dtype=torch.bfloat16), "cuda", "block")
 
-    mode        a unit is                              on the device at once, of FLUX.1-dev's weights in bfloat16
-    modulation  a modulation layer; the rest stays     25.4 GiB instead of 31.4: of the transformer, 16.1 instead of 22.2
-    model       a network: T5, CLIP, the transformer   16.2 GiB: the transformer without its modulation
-    block       a block of T5 or of the transformer     1.1 GiB: one block, the next one, and what is in no block
-    leaf        a linear layer                          0.4 GiB: likewise
-    disk        a block, read from the mapped file      as block; the computer's memory holds no more than that either
+    mode        a unit is                              GiB on the device at once, of FLUX.1-dev's
+                                                       weights in bfloat16
+    modulation  a modulation layer; the rest stays     25.4 instead of 31.4
+    model       a network: T5, CLIP, the transformer   16.2: the transformer without its modulation
+    block       a block of T5 or of the transformer     1.1: a block, the next, and what is in none
+    leaf        a linear layer                          0.4: likewise
+    disk        a block, read from the mapped file      as block, in the computer's memory too
 
-A unit is loaded when it is called, and stays until another one is. With CUDA the next block is copied while the present
-one computes (`prefetch`). Small tensors stay on the device for good; the modulation is precomputed (`modulation.py`), as
-it is not needed at every step. The results are those of the model as it was, bit for bit where neither the device nor
-the dtype changes. Calls from several threads wait for one another. Seam: model -> model.
+A unit is loaded when it is called, and stays until another one is. With CUDA the next block is
+copied while the present one computes (`prefetch`). Small tensors stay on the device for good; the
+modulation is precomputed (`modulation.py`), as it is not needed at every step. The results are
+those of the model as it was, bit for bit where neither the device nor the dtype changes. Calls from
+several threads wait for one another. Seam: model -> model.
 """
 
 import threading
@@ -36,9 +38,11 @@ from .pages import Pages, is_within, mapped_ranges
 from .wrapping import shallow_copy, wrap_in_place
 
 MODES = ("modulation", "model", "block", "leaf", "disk")
-# Layers that always stay on the device: from them others read where a network runs, and in which dtype.
+# Layers that always stay on the device: from them others read where a network runs, and in which
+# dtype.
 ANCHORS = {MMDiT: "img_in", SigLIP: "vision_model.embeddings.patch_embedding"}
-# Elements of a tensor that always stays: norms, and T5's table of distances, which is read before its block runs.
+# Elements of a tensor that always stays: norms, and T5's table of distances, which is read before
+# its block runs.
 SMALL = 4096
 
 
@@ -48,24 +52,27 @@ def offload(flux: Flux, device: torch.device | str, mode: str = "model", *, pref
 
     device: where to compute.
     mode: "modulation", "model", "block", "leaf" or "disk"; see the table above.
-    prefetch: whether the next unit is copied while one computes. In the modes block and leaf with CUDA this keeps the
+    prefetch: whether the next unit is copied while one computes. In the modes block and leaf with
+        CUDA this keeps the
         weights in page-locked memory.
-    dtype: what to compute in (default: as the weights are); each unit is converted when it is loaded.
+    dtype: what to compute in (default: as the weights are); each unit is converted when it is
+        loaded.
 
-    In the mode disk (and modulation on the CPU), weights that are not mapped from a file (joined, merged or converted
-    ones) are written to one in the folder for temporary files, which the variable TMPDIR sets; `load(..., fit=True)` does
-    so with what it joins, piece by piece.
+    In the mode disk (and modulation on the CPU), weights that are not mapped from a file (joined,
+    merged or converted ones) are written to one in the folder for temporary files, which the
+    variable TMPDIR sets; `load(..., fit=True)` does so with what it joins, piece by piece.
 
-    Add LoRAs, and quantise, before: an offloaded model cannot be changed. The given model stays as it is; drop it to free
-    its memory. Raises ValueError for another mode or device, and for a model that is offloaded already or lies on the
-    device."""
+    Add LoRAs, and quantise, before: an offloaded model cannot be changed. The given model stays as
+        it is; drop it to free its memory. Raises ValueError for another mode or device, and for a
+        model that is offloaded already or lies on the device."""
     device = find_device(device)
     if mode not in MODES:
         raise ValueError(f"the mode is {mode!r}: expected one of {', '.join(MODES)}")
     check_order(flux, "offloaded")
     at = flux.mmdit.img_in.weight.device
     if at.type != "cpu":
-        raise ValueError(f'this model lies on {at}: load it with device="cpu", from where its parts can come')
+        raise ValueError(f'this model lies on {at}: load it with device="cpu", '
+                         "from where its parts can come")
     offloader = Offloader(device, dtype, prefetch, mode)
     return change_networks(replace(precompute_modulation(flux), loras=None), offloader.changed)
 
@@ -74,7 +81,8 @@ def change_networks(flux: Flux, change: Callable[[nn.Module], nn.Module]) -> Flu
     """The model with each of its networks changed."""
     parts = {field.name: getattr(flux, field.name) for field in fields(flux)}
     changed = {name: change(part) for name, part in parts.items() if isinstance(part, nn.Module)}
-    return replace(flux, **changed, ip_adapters=tuple(change(adapter) for adapter in flux.ip_adapters))
+    adapters = tuple(change(adapter) for adapter in flux.ip_adapters)
+    return replace(flux, **changed, ip_adapters=adapters)
 
 
 def own(module: nn.Module) -> nn.Module:
@@ -83,36 +91,42 @@ def own(module: nn.Module) -> nn.Module:
 
 
 def offload_units(network: nn.Module, mode: str) -> list[nn.Module]:
-    """The parts of a network that are loaded and evicted; what is in none of them stays on the device."""
+    """The parts of a network that are loaded and evicted; what is in none of them stays on the
+    device."""
     if isinstance(network, Modulations):
         return [network.embedders, *network.layers]
     if mode == "modulation":
         return []
     if isinstance(network, Autoencoder):
-        return [network.encoder, network.decoder]           # Note: these are called, the network itself is not
+        # Note: these are called, the network itself is not
+        return [network.encoder, network.decoder]
     if mode == "model" or not isinstance(network, MMDiT | T5):
         return [network]
     if mode == "leaf":
-        return [module for module in network.modules() if isinstance(module, nn.Linear | nn.Embedding)]
+        return [layer for layer in network.modules() if isinstance(layer, nn.Linear | nn.Embedding)]
     if isinstance(network, T5):
         return [network.shared, *network.encoder.block]
     return [*network.double_blocks, *network.single_blocks]
 
 
-Slot = tuple[dict, str, Tensor]                             # where a module keeps a tensor, under which name, and the tensor
+Slot = tuple[dict, str, Tensor]  # where a module keeps a tensor, under which name, and the tensor
 
 
 def slots(module: nn.Module) -> Iterator[Slot]:
     """The places of all tensors of a module. Quantised layers keep theirs as buffers."""
     for owner in module.modules():
         for holder in (owner._parameters, owner._buffers):
-            yield from [(holder, name, tensor) for name, tensor in holder.items() if tensor is not None]
+            for name, tensor in list(holder.items()):
+                if tensor is not None:
+                    yield holder, name, tensor
 
 
 def movable(network: nn.Module, mode: str) -> list[list[Slot]]:
     """For each unit of a network, the tensors that are loaded and evicted with it."""
-    anchor = network.get_submodule(ANCHORS[type(network)]) if type(network) in ANCHORS else nn.Identity()
-    staying = {id(tensor) for *_, tensor in slots(anchor)}
+    anchor = ANCHORS.get(type(network))
+    staying = set()
+    if anchor is not None:
+        staying = {id(tensor) for *_, tensor in slots(network.get_submodule(anchor))}
     return [[slot for slot in slots(unit) if slot[2].numel() > SMALL and id(slot[2]) not in staying]
             for unit in offload_units(network, mode)]
 
@@ -128,7 +142,8 @@ class Offloader:
         self.mode = mode
         self.evict_after_call = evict_after_call
         self.loaded: list[nn.Module] = []
-        self.following: dict[nn.Module, nn.Module] = {}     # which unit is called after which, as far as that is known
+        # which unit is called after which, as far as that is known
+        self.following: dict[nn.Module, nn.Module] = {}
         self.last: nn.Module | None = None                  # the unit that was called last
         self.done: torch.cuda.Event | None = None           # when that unit has computed
         self.pages = Pages()
@@ -138,12 +153,14 @@ class Offloader:
         self.lock = threading.RLock()
 
     def __deepcopy__(self, _):
-        raise ValueError("an offloaded model cannot be changed any more: add LoRAs, quantise and copy it before it is offloaded")
+        raise ValueError("an offloaded model cannot be changed any more: "
+                         "add LoRAs, quantise and copy it before it is offloaded")
 
     def __reduce__(self):
-        raise ValueError("an offloaded model cannot be pickled: pickle the model as it was, and offload it again")
+        raise ValueError("an offloaded model cannot be pickled: "
+                         "pickle the model as it was, and offload it again")
 
-    # --------------------------------------------------------------------------------------------------------- beginning
+    # ------------------------------------------------------------------------------------ beginning
 
     def changed(self, network: nn.Module) -> nn.Module:
         """A copy of the network whose units are loaded and evicted."""
@@ -166,11 +183,12 @@ class Offloader:
         if isinstance(network, MMDiT):
             mark(network, "offloaded")
         if hasattr(network, "precomputed"):
-            # Note: with an offloader of its own, as the transformer calls it while it is loaded itself. On the CPU, whose
-            # memory is the device's, what is to leave it goes to the disk.
+            # Note: with an offloader of its own, as the transformer calls it while it is loaded
+            # itself. On the CPU, whose memory is the device's, what is to leave it goes to the
+            # disk.
             mode = "disk" if self.mode == "modulation" and self.device.type == "cpu" else self.mode
-            modulation = Offloader(self.device, self.dtype, self.prefetch, mode, evict_after_call=True)
-            network.precomputed = tuple(modulation.changed(layers) for layers in network.precomputed)
+            inner = Offloader(self.device, self.dtype, self.prefetch, mode, evict_after_call=True)
+            network.precomputed = tuple(inner.changed(layers) for layers in network.precomputed)
         return network
 
     def place_the_rest(self, network: nn.Module, going: list[Slot]) -> None:
@@ -186,7 +204,7 @@ class Offloader:
     def map(self, going: list[Slot]) -> None:
         """Make sure that all of these can be read from a file again whenever they are needed."""
         ranges = mapped_ranges()
-        if ranges is None:                                  # Note: elsewhere the system drops by itself what it can read again
+        if ranges is None:  # Note: elsewhere the system drops by itself what it can read again
             return
         loose = [slot for slot in going if not is_within(slot[2], ranges)]
         for (holder, name, _), mapped in zip(loose, spill([[tensor] for *_, tensor in loose])):
@@ -195,19 +213,21 @@ class Offloader:
             self.pages.add(holder[name])
             self.pages.drop(holder[name])
 
-    # ------------------------------------------------------------------------------------------------------------ running
+    # -------------------------------------------------------------------------------------- running
 
     def run_network(self, network: nn.Module, call: Callable, *inputs, **named):
         """Wraps a network's `forward`."""
         with self.lock:
             try:
-                return call(*self.to_device(inputs), **{name: self.to_device(value) for name, value in named.items()})
+                named = {name: self.to_device(value) for name, value in named.items()}
+                return call(*self.to_device(inputs), **named)
             finally:
                 if self.evict_after_call:
                     self.evict_all()
 
     def run_unit(self, unit: nn.Module, call: Callable, *inputs, **named):
-        """Wraps a unit's `forward`: if it is not on the device yet, the others are evicted, and it is loaded."""
+        """Wraps a unit's `forward`: if it is not on the device yet, the others are evicted, and it
+        is loaded."""
         if self.last not in (None, unit):
             self.following[self.last] = unit                # next time, it will be on its way
         self.last = unit
@@ -229,7 +249,8 @@ class Offloader:
         done = torch.cuda.Event()
         done.record(torch.cuda.current_stream(self.device))
         if self.done is not None:
-            # Note: waited for on the host, too: memory that is freed earlier would not be free yet, and ever more would be taken.
+            # Note: waited for on the host, too: memory that is freed earlier would not be free yet,
+            # and ever more would be taken.
             self.done.synchronize()
         self.done = done
         following = self.following.get(unit, unit)
@@ -248,7 +269,7 @@ class Offloader:
             return value.to(self.device, self.dtype if value.is_floating_point() else None)
         return value
 
-    # ------------------------------------------------------------------------------------------------------------ moving
+    # --------------------------------------------------------------------------------------- moving
 
     def load(self, unit: nn.Module) -> None:
         with torch.cuda.stream(self.stream):                # None is the present one
@@ -273,9 +294,11 @@ class Offloader:
             self.evict(unit)
 
     def copy(self, tensor: Tensor) -> Tensor:
-        # Note: quantised weights, which are buffers, are bytes and their scales: they are moved, not converted.
+        # Note: quantised weights, which are buffers, are bytes and their scales: they are moved,
+        # not converted.
         dtype = self.dtype if isinstance(tensor, nn.Parameter) else None
-        return tensor.to(self.device, non_blocking=self.stream is not None).to(dtype or tensor.dtype)
+        moved = tensor.to(self.device, non_blocking=self.stream is not None)
+        return moved.to(dtype or tensor.dtype)
 
     def put(self, holder: dict, name: str, tensor: Tensor) -> None:
         is_parameter = isinstance(holder[name], nn.Parameter)
