@@ -33,11 +33,11 @@ from miniflux import (
     redux,
     tile,
 )
+from miniflux.imaging.preview import fit_preview, linear_preview
+from miniflux.imaging.watermark import add_watermark, read_watermark
 from miniflux.networks import native
-from miniflux.preview import fit_preview, linear_preview
-from miniflux.safety import is_flagged, load_filters
+from miniflux.safety.filters import is_flagged, load_filters
 from miniflux.sampling import flow, flow_matching_loss
-from miniflux.watermark import add_watermark, read_watermark
 
 PRETEND = "pretend:0"
 IMAGE = Image.effect_noise((64, 64), 90).convert("RGB")
@@ -206,7 +206,7 @@ def test_a_step_of_training_changes_the_weights_as_on_the_cpu():
         t = torch.tensor([0.3, 0.8]).to(device)
         with torch.enable_grad():
             weights = [weight.requires_grad_() for weight in flux.mmdit.parameters()]
-            loss = flow_matching_loss(flow(flux.mmdit, text.txt, text.vec, 3.5, 8, 8), z, eps, t)
+            loss = flow_matching_loss(flow(flux.mmdit, text.txt, text.pooled, 3.5, 8, 8), z, eps, t)
             gradients = torch.autograd.grad(loss, weights)
         changed = [weight.detach() - 0.01 * gradient for weight, gradient in zip(weights, gradients)]
         return torch.cat([weight.flatten() for weight in changed])
