@@ -92,6 +92,6 @@ class _Package(ModuleType):
 
 sys.modules[__name__].__class__ = _Package
 
-if getattr(sys, "argv", [""])[:1] == ["-m"]:                # python -m miniflux.TASK: a command begins
+if getattr(sys, "argv", [""])[:1] == ["-m"]:                # python -m miniflux.TASK begins
     from .command import expect_interrupt
     expect_interrupt()

@@ -40,7 +40,8 @@ COMMANDS = {
 def usage() -> str:
     width = max(map(len, COMMANDS))
     lines = [f"  {name:{width}}  {line}" for name, (_, line) in COMMANDS.items()]
-    return "\n".join(["usage: miniflux COMMAND ...", "", *lines, "", "miniflux COMMAND --help lists its flags."])
+    first, last = "usage: miniflux COMMAND ...", "miniflux COMMAND --help lists its flags."
+    return "\n".join([first, "", *lines, "", last])
 
 
 @command

@@ -1,4 +1,4 @@
-"""Checks of what a caller gives: numbers of any library, switches, functions. Imports nothing of the package."""
+"""Checks of what a caller gives: numbers of any library, switches, functions."""
 
 import math
 import numbers
@@ -15,7 +15,8 @@ def quote(value: object) -> str:
 def check_number(name: str, value, low: float, high: float = math.inf, whole: bool = False):
     """The value as a Python number in [low, high]; a whole one if asked for.
 
-    Numbers of NumPy and PyTorch count, also in arrays and tensors without dimensions; booleans do not.
+    Numbers of NumPy and PyTorch count, also in arrays and tensors without dimensions; booleans do
+    not.
     Raises ValueError for everything else."""
     number = to_number(value, whole)
     if number is None or not math.isfinite(number) or not low <= number <= high:
@@ -40,7 +41,7 @@ def to_number(value, whole: bool = False) -> int | float | None:
 
 
 def check_switch(name: str, value) -> bool:
-    """The value as True or False. Raises ValueError for everything else, also for texts such as "no"."""
+    """The value as True or False. Raises ValueError for everything else, also for "no"."""
     if isinstance(value, (bool, np.bool_)):
         return bool(value)
     raise ValueError(f"{name} is {quote(value)}: expected True or False")

@@ -58,20 +58,27 @@ def control(flux: Flux, prompt: PromptLike, control_image: ImageLike | list[Imag
         return sample(flux, prompt, call, cond)
     images = read_images(image, "image")
     hole = None if mask is None else latent_mask(fit_masks(read_masks(mask, images), *size))
-    return sample(flux, prompt, call, cond, start=encode(flux, preprocess(images, *size)), mask=hole)
+    start = encode(flux, preprocess(images, *size))                             # (n, 16, h, w)
+    return sample(flux, prompt, call, cond, start=start, mask=hole)
 
 
-def look(flux: Flux, args: Namespace) -> dict:
-    """What the flags say of the control picture: edges and depths are looked for at the size to paint, where they stay sharp."""
-    if (source := args.canny or args.depth) is None:
+def control_image_of(flux: Flux, args: Namespace) -> dict:
+    """The control image that the flags ask for.
+
+    Edges and depths are found at the size of the result, where they stay sharp."""
+    source = args.canny or args.depth
+    if source is None:
         return {"control_image": args.control_image}
     if args.depth and not args.depth_model:
-        raise ValueError("--depth needs an estimator: give --depth-model, such as LiheYoung/depth-anything-large-hf")
-    photo = read_images(source, "picture")
+        raise ValueError("--depth needs an estimator: give --depth-model, such as "
+                         "LiheYoung/depth-anything-large-hf")
+    photo = read_images(source, "image")
     size = natural_size(size_of(photo[0]), flux.config.size ** 2, args.width, args.height)
-    picture = preprocess(photo, *size)[0] / 2 + 0.5
-    return {"control_image": canny(picture, *args.thresholds) if args.canny else
-            depth(picture, load_depth(args.depth_model, device=args.device), standard=args.depth_standard)}
+    image = preprocess(photo, *size)[0] / 2 + 0.5                               # (3, H, W)
+    if args.canny:
+        return {"control_image": canny(image, *args.thresholds)}
+    estimator = load_depth(args.depth_model, device=args.device)
+    return {"control_image": depth(image, estimator, standard=args.depth_standard)}
 
 
 @command
@@ -79,19 +86,23 @@ def main() -> None:
     from . import cli
 
     parser = cli.parser("control", "Paint after a prompt along edges or depths.", prompt=False)
-    parser.add_argument("prompt", nargs="?", default="", help="what to paint (default: nothing in particular)")
+    parser.add_argument("prompt", nargs="?", default="",
+                        help="what to paint (default: nothing in particular)")
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--control-image", help="the picture of edges or depths, as the model was made for")
-    source.add_argument("--canny", help="a photo: its edges are the control picture")
-    source.add_argument("--depth", help="a photo: its depths, which --depth-model tells, are the control picture")
-    parser.add_argument("--depth-model", help="the folder or Hub id of a Depth Anything (default: none)")
-    parser.add_argument("--depth-standard", action="store_true", help="as in the original repository; see `miniflux depth --help` (default: off)")
-    parser.add_argument("--thresholds", type=float, nargs=2, default=(50, 200), metavar=("LOW", "HIGH"),
-                        help="of the edges' strength (default 50 200)")
-    parser.add_argument("--image", help="a picture to begin from (default: none)")
-    parser.add_argument("--mask", help="white where that picture is to be repainted (default: everywhere)")
+    source.add_argument("--control-image", help="an image of edges or depths, as the model needs")
+    source.add_argument("--canny", help="a photo, whose edges become the control image")
+    source.add_argument("--depth", help="a photo, whose depths --depth-model estimates")
+    parser.add_argument("--depth-model",
+                        help="the folder or Hub id of a Depth Anything (default: none)")
+    parser.add_argument("--depth-standard", action="store_true",
+                        help="as in the original repository; see `miniflux depth --help` "
+                             "(default: off)")
+    parser.add_argument("--thresholds", type=float, nargs=2, default=(50, 200),
+                        metavar=("LOW", "HIGH"), help="of the edges' strength (default 50 200)")
+    parser.add_argument("--image", help="an image to begin from (default: none)")
+    parser.add_argument("--mask", help="white where that image is repainted (default: everywhere)")
     cli.add_strength(parser, 0.6)
-    cli.run(parser, control, look)
+    cli.run(parser, control, control_image_of)
 
 
 if __name__ == "__main__":

@@ -4,14 +4,16 @@ import torch
 
 
 def find_device(name: torch.device | str | None = None) -> torch.device:
-    """The device of that name; by default CUDA, then MPS, then the CPU. Raises ValueError for one that is not here."""
+    """The device of that name; default: CUDA, then MPS, then the CPU.
+
+    Raises ValueError for a device that this machine lacks."""
     if name is not None:
         try:
             torch.empty(0, device=name)
             return torch.device(name)
         except (RuntimeError, AssertionError, TypeError) as error:
             reason = str(error).partition("\n")[0]
-            if "Expected one of" in reason:                 # PyTorch lists twenty, of which three matter
+            if "Expected one of" in reason:                 # PyTorch lists twenty; three matter
                 reason = "expected cuda, mps or cpu"
             raise ValueError(f"the device {str(name)!r} cannot be used here: {reason}") from None
     if torch.cuda.is_available():

@@ -26,8 +26,9 @@ from .settings import Settings, resolve, task
 
 
 @task
-def fill(flux: Flux, prompt: PromptLike, image: ImageLike | list[ImageLike], mask: ImageLike | list[ImageLike], *,
-         paste_back: bool = False, strength: float = 1.0, **settings: Unpack[Settings]) -> Images:
+def fill(flux: Flux, prompt: PromptLike, image: ImageLike | list[ImageLike],
+         mask: ImageLike | list[ImageLike], *, paste_back: bool = False, strength: float = 1.0,
+         **settings: Unpack[Settings]) -> Images:
     """Fill the white part of a mask after a prompt.
 
     image: one (PIL, path, array (H, W, 3), tensor (3, H, W)), or a list, one for each prompt.
@@ -46,7 +47,7 @@ def fill(flux: Flux, prompt: PromptLike, image: ImageLike | list[ImageLike], mas
     call = resolve("fill", flux, settings, like=size_of(images[0]), strength=strength)
     paste_back = check_switch("paste_back", paste_back)
     masks = read_masks(mask, images)
-    known = preprocess(images, call.width, call.height)                                # (n, 3, H, W)
+    known = preprocess(images, call.width, call.height)                         # (n, 3, H, W)
     hole = fit_masks(masks, call.width, call.height)                            # (n, 1, H, W)
     from_noise = call.strength == 1 and call.sigmas is None                     # t = 1: pure noise
     own_size = settings.get("width") is None and settings.get("height") is None
@@ -79,7 +80,8 @@ def main() -> None:
 
     parser = cli.parser("fill", "Fill the white part of a mask after a prompt.")
     cli.add_image_and_mask(parser, expand=True)
-    parser.add_argument("--paste-back", action="store_true", help="keep every pixel outside the mask exactly (default: off)")
+    parser.add_argument("--paste-back", action="store_true",
+                        help="keep every pixel outside the mask exactly (default: off)")
     cli.add_strength(parser, 1.0)
     cli.run(parser, fill, cli.image_and_mask)
 

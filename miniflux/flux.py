@@ -59,4 +59,5 @@ class Flux:
     redux: ReduxEmbedder | None = field(default=None, repr=False)
     image_encoder: CLIPVision | None = field(default=None, repr=False)
     ip_adapters: tuple[nn.Module, ...] = field(default=(), repr=False)
-    loras: object = field(default=None, repr=False)  # what `adapters/lora.py` needs to change or undo itself
+    # What `adapters/lora.py` needs to change or undo its LoRAs.
+    loras: object = field(default=None, repr=False)

@@ -80,7 +80,8 @@ def sample(flux: Flux, prompt: PromptLike, call: Call, cond: Conditions = Condit
 
     velocity = velocity_for(text, cond)
     if call.two_passes:
-        negative = repeat_negative(encode_prompt(flux, call.negative_prompt, call.max_text_tokens), len(text))
+        negative = encode_prompt(flux, call.negative_prompt, call.max_text_tokens)
+        negative = repeat_negative(negative, len(text))
         velocity = classifier_free(velocity, velocity_for(negative, cond.negative()), call.true_cfg)
     if mask is not None:
         velocity = keep_known(velocity, mask, eps - start)
@@ -93,7 +94,7 @@ def sample(flux: Flux, prompt: PromptLike, call: Call, cond: Conditions = Condit
 
 
 def postprocess(flux: Flux, images: Tensor, call: Call) -> Images:
-    """Images (B, 3, H, W) in [0, 1] as they are, or as PIL images whose `info` has their settings."""
+    """Images (B, 3, H, W) in [0, 1] as a tensor, or as PIL images whose `info` has the settings."""
     if call.on_finish:
         images = finish(call.on_finish, images)
     if call.output == "tensor":

@@ -32,7 +32,7 @@ def image_to_image(flux: Flux, prompt: PromptLike, image: ImageLike | list[Image
     of the autoencoder's posterior."""
     images = read_images(image, "image")
     call = resolve("image_to_image", flux, settings, like=size_of(images[0]), strength=strength)
-    start = encode(flux, preprocess(images, call.width, call.height))                  # (n, 16, h, w)
+    start = encode(flux, preprocess(images, call.width, call.height))           # (n, 16, h, w)
     return sample(flux, prompt, call, start=start)
 
 

@@ -22,9 +22,9 @@ from .settings import AdapterSettings, resolve, task
 
 
 @task
-def inpaint(flux: Flux, prompt: PromptLike, image: ImageLike | list[ImageLike], mask: ImageLike | list[ImageLike],
-            *, strength: float = 0.6, mask_padding: int | None = None,
-            **settings: Unpack[AdapterSettings]) -> Images:
+def inpaint(flux: Flux, prompt: PromptLike, image: ImageLike | list[ImageLike],
+            mask: ImageLike | list[ImageLike], *, strength: float = 0.6,
+            mask_padding: int | None = None, **settings: Unpack[AdapterSettings]) -> Images:
     """Repaint the white part of a mask after a prompt; the rest keeps its latents.
 
     image: as in `image_to_image`.
@@ -46,10 +46,12 @@ def inpaint(flux: Flux, prompt: PromptLike, image: ImageLike | list[ImageLike], 
     if mask_padding is not None:
         crop, paste_back = around_mask(images, masks, call.width, call.height, mask_padding)
         images, masks = [crop(images[0])], [crop(masks[0])]
-        controls = [each._replace(image=[crop(one) for one in each.image]) for each in call.controls]
+        controls = []
+        for control in call.controls:
+            controls.append(control._replace(image=[crop(image) for image in control.image]))
         call = replace(call, controls=controls)
     hole = fit_masks(masks, call.width, call.height)                            # (n, 1, H, W)
-    start = encode(flux, preprocess(images, call.width, call.height))                  # (n, 16, h, w)
+    start = encode(flux, preprocess(images, call.width, call.height))           # (n, 16, h, w)
     return sample(flux, prompt, call, start=start, mask=latent_mask(hole), composite=paste_back)
 
 

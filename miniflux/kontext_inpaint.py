@@ -1,7 +1,7 @@
 """Kontext inpainting: repaint what a mask shows, by an instruction or after a reference image.
 
-    python -m miniflux.kontext_inpaint "a red hat" --model kontext --image photo.png --mask mask.png
-    python -m miniflux.kontext_inpaint "this cup" --model kontext --image table.png --mask mask.png \
+    python -m miniflux.kontext_inpaint "a red hat" --model kontext --image a.png --mask mask.png
+    python -m miniflux.kontext_inpaint "this cup" --model kontext --image a.png --mask mask.png \
         --reference cup.png
 
 As `inpaint`, and the model attends to the image itself, or to the reference, as in `kontext_edit`.
@@ -39,8 +39,9 @@ def kontext_inpaint(flux: Flux, prompt: PromptLike, image: ImageLike | list[Imag
     Returns a list of PIL images, or what `output` asks for.
     Raises ValueError or FileNotFoundError for what is no image, an empty mask, or a value out of
     range.
-    Reference: diffusers' `FluxKontextInpaintPipeline`. Two things differ with mask_padding: here the
-    region is cropped from the image's own pixels and pasted back, and the reference stays whole."""
+    Reference: diffusers' `FluxKontextInpaintPipeline`. Two things differ with mask_padding: here
+    the region is cropped from the image's own pixels and pasted back, and the reference stays
+    whole."""
     images = read_images(image, "image")
     size = reference_size(flux, size_of(images[0]), auto_resize)
     call = resolve("kontext_inpaint", flux, with_output_size(settings, size), strength=strength)
@@ -50,7 +51,7 @@ def kontext_inpaint(flux: Flux, prompt: PromptLike, image: ImageLike | list[Imag
         crop, paste_back = around_mask(images, masks, call.width, call.height, mask_padding)
         images, masks = [crop(images[0])], [crop(masks[0])]
     hole = latent_mask(fit_masks(masks, call.width, call.height))               # (n, 1, h, w)
-    start = encode(flux, preprocess(images, call.width, call.height))                  # (n, 16, h, w)
+    start = encode(flux, preprocess(images, call.width, call.height))           # (n, 16, h, w)
     seen = start
     if reference is not None:
         references = read_images(reference, "reference")
@@ -64,9 +65,11 @@ def kontext_inpaint(flux: Flux, prompt: PromptLike, image: ImageLike | list[Imag
 def main() -> None:
     from . import cli
 
-    parser = cli.parser("kontext_inpaint", "Repaint the white part of a mask by an instruction, or after a reference picture.")
+    parser = cli.parser("kontext_inpaint", "Repaint the white part of a mask by an instruction, or "
+                        "after a reference image.")
     cli.add_image_and_mask(parser)
-    parser.add_argument("--reference", help="a picture of what is to be painted (default: the image itself)")
+    parser.add_argument("--reference",
+                        help="an image of what is to be painted (default: the image itself)")
     cli.add_strength(parser, 1.0)
     cli.add_auto_resize(parser)
     cli.add_ip_images(parser)

@@ -1,4 +1,4 @@
-"""Images <-> latents, the images of sixteen channels and an eighth of the size that FLUX.1 works on."""
+"""Images <-> latents: an eighth of the size, sixteen channels; the form that FLUX.1 works on."""
 
 import copy
 import logging
@@ -16,8 +16,8 @@ log = logging.getLogger("miniflux")
 def encode(flux: Flux, images: Tensor) -> Tensor:
     """Images (n, 3, H, W) in [-1, 1] -> latents (n, 16, H/8, W/8), float32."""
     if flux.autoencoder is None:
-        raise ValueError("this model was loaded without an autoencoder, which has to encode the image: "
-                         "add vae/ to its folder")
+        raise ValueError("this model was loaded without an autoencoder, which has to encode the "
+                         "image: add vae/ to its folder")
     return flux.autoencoder.encode(images.to(next(flux.autoencoder.parameters()))).float()
 
 
@@ -36,7 +36,8 @@ def decode(flux: Flux, z: Tensor) -> Tensor:
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
     if images is None:
-        log.warning("the device's memory is too small to decode this image: the CPU does it, which takes longer")
+        log.warning("the device's memory is too small to decode this image: the CPU does it, which "
+                    "takes longer")
         images = decode_in(1, copy.deepcopy(flux.autoencoder).to("cpu"), z)
     return (images.to(z.device) / 2 + 0.5).clamp(0, 1)
 
@@ -50,5 +51,5 @@ def decode_in(batch: int, autoencoder: Autoencoder, z: Tensor) -> Tensor:
 def check_autoencoder(flux: Flux) -> None:
     """Raises ValueError for a model without an autoencoder, which has to decode the latents."""
     if flux.autoencoder is None:
-        raise ValueError('this model was loaded without an autoencoder: ask for output="latents", or '
-                         "add vae/ to its folder")
+        raise ValueError("this model was loaded without an autoencoder: ask for "
+                         'output="latents", or add vae/ to its folder')

@@ -60,8 +60,9 @@ def patchify(z: Tensor) -> Tensor:
 
     Note: the channel varies slowest within a token, then the row, then the column."""
     b, c, h, w = z.shape
-    z = z.reshape(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5)         # (B, h/2, w/2, C, 2, 2)
-    return z.reshape(b, h // 2 * (w // 2), 4 * c)                               # (B, N, 4·C)
+    z = z.reshape(b, c, h // 2, 2, w // 2, 2)                               # (B, C, h/2, 2, w/2, 2)
+    z = z.permute(0, 2, 4, 1, 3, 5)                                         # (B, h/2, w/2, C, 2, 2)
+    return z.reshape(b, h // 2 * (w // 2), 4 * c)                           # (B, N, 4·C)
 
 
 def unpatchify(tokens: Tensor, h: int, w: int) -> Tensor:
@@ -134,7 +135,7 @@ def shift_of(tokens: int, settings: Schedule) -> float:
 
 
 def repeat_to_batch(given: Tensor | None, x: Tensor) -> Tensor | None:
-    """Repeat n inputs to the batch size, a, b -> a, a, b, b, on the device of x; n must divide it."""
+    """Repeat n inputs to the batch size, a, b -> a, a, b, b, on the device of x; n divides it."""
     if given is None:
         return None
     if len(x) % len(given):
@@ -202,7 +203,7 @@ def flow(mmdit: MMDiT, txt: Tensor, pooled: Tensor, guidance: float | Tensor, h:
     def velocity(x: Tensor, t: float | Tensor) -> Tensor:
         img = patchify(x.to(txt.dtype))                                         # (B, N, 64)
         if cond.img_cond is not None:
-            img = torch.cat([img, cond.img_cond.to(img)], dim=-1)               # (B, N, in_channels)
+            img = torch.cat([img, cond.img_cond.to(img)], dim=-1)           # (B, N, in_channels)
         if cond.img_cond_seq is not None:
             img = torch.cat([img, cond.img_cond_seq.to(img)], dim=1)            # (B, N+M, 64)
         residuals = None if cond.residuals is None else cond.residuals(x, t)

@@ -67,8 +67,8 @@ class Settings(TypedDict, total=False):
 
 
 class IPSettings(Settings, total=False):
-    """ip_image: an image to follow for each IP-Adapter of the model (`add_ip_adapter`): one, a list,
-        or None; default: none.
+    """ip_image: an image to follow for each IP-Adapter of the model (`add_ip_adapter`): one, a
+        list, or None; default: none.
     ip_scale: how strongly: a number, one for each adapter, or one for each double block; default 1.
     negative_ip_image: what to avoid in the second pass of true_cfg; default: black."""
 

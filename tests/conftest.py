@@ -1,4 +1,4 @@
-"""Lets every test import `reference` (random reference models, made for the tests) wherever pytest is started from."""
+"""Lets every test import `reference`, the random reference models, wherever pytest is started."""
 
 import os
 import sys
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")                                    # the tests never reach for the network
+os.environ.setdefault("HF_HUB_OFFLINE", "1")                # the tests need no network
 sys.path.insert(0, str(Path(__file__).parent))
 
 
@@ -19,6 +19,7 @@ def without_gradients():
 
 @pytest.fixture(scope="session", params=["dev", "schnell"])
 def small_folder(request, tmp_path_factory) -> Path:
-    """A complete small FluxPipeline folder, once with and once without guidance; read it, do not write to it."""
+    """A complete small FluxPipeline folder, once with and once without guidance; only read it."""
     from reference import small_pipeline
-    return small_pipeline(tmp_path_factory.mktemp("small") / request.param, guidance=request.param == "dev")
+    folder = tmp_path_factory.mktemp("small") / request.param
+    return small_pipeline(folder, guidance=request.param == "dev")

@@ -1,4 +1,6 @@
-"""Photographs for the tests, beside the repository; a test that needs one is skipped where they are missing."""
+"""Photographs for the tests, beside the repository.
+
+A test that needs one is skipped where they are missing."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""No import circle anywhere, imports inside functions included. Oracle: grimp, which reads the code.
+"""No import circle anywhere, imports inside functions included. Oracle: grimp.
 
 The order of the floors is checked by `lint-imports`; its contracts are in pyproject.toml."""
 

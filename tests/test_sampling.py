@@ -32,8 +32,12 @@ def test_the_channel_varies_slowest_within_a_token():
     z = torch.arange(16 * 4 * 6.0).reshape(1, 16, 4, 6)
     tokens = patchify(z)
     assert tokens.shape == (1, 6, 64)
-    assert all(tokens[0, 0, c * 4 + y * 2 + x] == z[0, c, y, x] for c in range(16) for y in range(2) for x in range(2))
-    assert tokens[0, 1, 0] == z[0, 0, 0, 2] and tokens[0, 3, 0] == z[0, 0, 2, 0]      # row-major tokens
+    for c in range(16):
+        for y in range(2):
+            for x in range(2):
+                assert tokens[0, 0, c * 4 + y * 2 + x] == z[0, c, y, x]
+    assert tokens[0, 1, 0] == z[0, 0, 0, 2]                                     # row-major tokens
+    assert tokens[0, 3, 0] == z[0, 0, 2, 0]
 
 
 def test_unpatchify_is_the_inverse_of_patchify():
@@ -43,7 +47,8 @@ def test_unpatchify_is_the_inverse_of_patchify():
 
 def test_positions_are_integers_of_index_row_and_column():
     ids = image_ids(4, 6, index=1)
-    assert ids.tolist() == [[1, 0, 0], [1, 0, 1], [1, 0, 2], [1, 1, 0], [1, 1, 1], [1, 1, 2]] and not ids.is_floating_point()
+    assert ids.tolist() == [[1, 0, 0], [1, 0, 1], [1, 0, 2], [1, 1, 0], [1, 1, 1], [1, 1, 2]]
+    assert not ids.is_floating_point()
     assert text_ids(2).tolist() == [[0, 0, 0], [0, 0, 0]]
 
 
@@ -55,11 +60,13 @@ def test_devs_schedule_has_the_published_values():
     """Values of the original at 1024x1024: 4 steps, and the ends of 28."""
     assert schedule(4, 4096) == pytest.approx([1, 0.90453076, 0.75951093, 0.51284415, 0], abs=1e-7)
     long = schedule(28, 4096)
-    assert long[:6] == pytest.approx([1, 0.988409, 0.976222, 0.963394, 0.949873, 0.935599], abs=1e-6)
-    assert long[-4:] == pytest.approx([0.274828, 0.195455, 0.104721, 0], abs=1e-6) and len(long) == 29
+    first = [1, 0.988409, 0.976222, 0.963394, 0.949873, 0.935599]
+    assert len(long) == 29 and long[:6] == pytest.approx(first, abs=1e-6)
+    assert long[-4:] == pytest.approx([0.274828, 0.195455, 0.104721, 0], abs=1e-6)
 
 
-@pytest.mark.parametrize("tokens, mu", [(256, 0.5), (1024, 0.63), (4080, 1.147292), (4096, 1.15), (16384, 3.23)])
+@pytest.mark.parametrize("tokens, mu", [
+    (256, 0.5), (1024, 0.63), (4080, 1.147292), (4096, 1.15), (16384, 3.23)])
 def test_the_shift_grows_with_the_number_of_image_tokens(tokens, mu):
     """At t = 1/2 the shifted time is the logistic function of mu."""
     assert schedule(2, tokens)[1] == pytest.approx(1 / (1 + math.exp(-mu)), abs=1e-6)
@@ -67,24 +74,33 @@ def test_the_shift_grows_with_the_number_of_image_tokens(tokens, mu):
 
 def test_own_sigmas_are_shifted_too():
     assert schedule(2, 4096, sigmas=[1.0, 0.5])[1] == schedule(2, 4096)[1]
-    assert schedule(2, 64, Schedule(use_dynamic_shifting=False, shift=3.0), sigmas=[1.0, 0.5]) == [1.0, 0.75, 0.0]
+    shifted = Schedule(use_dynamic_shifting=False, shift=3.0)
+    assert schedule(2, 64, shifted, sigmas=[1.0, 0.5]) == [1.0, 0.75, 0.0]
 
 
 def test_euler_is_exact_on_a_straight_flow():
     """If the velocity is constant, noise - data, one step and many end at the data."""
     data, start = torch.randn(2, 5), torch.randn(2, 5)
     for steps in (1, 7):
-        assert torch.allclose(euler(lambda x, t: start - data, start, schedule(steps, 4096)), data, atol=1e-6)
+        end = euler(lambda x, t: start - data, start, schedule(steps, 4096))
+        assert torch.allclose(end, data, atol=1e-6)
 
 
 def test_the_state_stays_float32_when_the_velocity_is_bfloat16():
-    x = euler(lambda x, t: torch.full_like(x, 2**-9, dtype=torch.bfloat16), torch.ones(1), [1.0, 0.5, 0.0])
-    assert x.dtype == torch.float32 and x.item() == 1 - 2**-9                  # bfloat16 could not tell this from 1
+    def velocity(x, t):
+        return torch.full_like(x, 2**-9, dtype=torch.bfloat16)
+
+    x = euler(velocity, torch.ones(1), [1.0, 0.5, 0.0])
+    assert x.dtype == torch.float32 and x.item() == 1 - 2**-9                   # 1 in bfloat16
 
 
 def test_on_step_sees_number_time_and_state_before_each_step():
     seen = []
-    euler(lambda x, t: torch.ones_like(x), torch.zeros(1), [1.0, 0.75, 0.0], lambda *args: seen.append((*args[:2], args[2].item())))
+
+    def on_step(step, t, x):
+        seen.append((step, t, x.item()))
+
+    euler(lambda x, t: torch.ones_like(x), torch.zeros(1), [1.0, 0.75, 0.0], on_step)
     assert seen == [(0, 1.0, 0.0), (1, 0.75, -0.25)]
 
 
@@ -97,26 +113,34 @@ def test_bfloat16_noise_is_the_rounded_float32_noise():
 
 
 def test_classifier_free_guidance_of_scale_one_is_the_identity():
-    wanted, unwanted = lambda x, t: x + 1, lambda x, t: x - 4
-    assert classifier_free(wanted, unwanted, 1.0)(torch.zeros(1), 0.5).item() == 1
-    assert classifier_free(wanted, unwanted, 2.0)(torch.zeros(1), 0.5).item() == 6
+    def guided(scale):
+        return classifier_free(lambda x, t: x + 1, lambda x, t: x - 4, scale)
+
+    assert guided(1.0)(torch.zeros(1), 0.5).item() == 1
+    assert guided(2.0)(torch.zeros(1), 0.5).item() == 6
 
 
-@pytest.mark.parametrize("steps, strength, kept", [(28, 0.6, 17), (28, 1.0, 28), (4, 0.1, 1), (50, 0.8, 40), (10, 0.3, 3), (1000, 0.001, 1)])
+@pytest.mark.parametrize("steps, strength, kept", [
+    (28, 0.6, 17), (28, 1.0, 28), (4, 0.1, 1), (50, 0.8, 40), (10, 0.3, 3), (1000, 0.001, 1)])
 def test_strength_keeps_the_last_steps_of_the_whole_schedule(steps, strength, kept):
     """A begun step counts: 0.6 of 28 steps are 16.8, so 17."""
     whole, rest = schedule(steps, 4096), schedule(steps, 4096, strength=strength)
     assert rest == whole[-kept - 1:]
 
 
-def test_what_is_kept_arrives_at_its_latents_whatever_the_model_says():
-    """By hand: on the line x(t) = t·noise + (1 - t)·z at every step, so at z at the end; elsewhere the model's velocity rules."""
-    z, eps, mask, ts = torch.randn(1, 2, 4, 4), torch.randn(1, 2, 4, 4), torch.zeros(1, 1, 4, 4, dtype=torch.bool), [0.9, 0.6, 0.2, 0.0]
+def test_what_is_kept_arrives_at_its_latents_whatever_the_model_predicts():
+    """By hand: there x(t) = t · eps + (1 - t) · z; elsewhere the predicted velocity acts."""
+    z, eps = torch.randn(2, 1, 2, 4, 4)
+    mask = torch.zeros(1, 1, 4, 4, dtype=torch.bool)
     mask[..., :2] = True
     seen = []
-    x = euler(keep_known(lambda x, t: torch.ones_like(x), mask, eps - z), 0.9 * eps + 0.1 * z, ts, lambda step, t, x: seen.append((t, x)))
-    assert all(torch.allclose(x[..., 2:], (t * eps + (1 - t) * z)[..., 2:], atol=1e-6) for t, x in seen)
-    assert torch.allclose(x[..., 2:], z[..., 2:], atol=1e-6) and torch.allclose(x[..., :2], (0.9 * eps + 0.1 * z - 0.9)[..., :2], atol=1e-6)
+    velocity = keep_known(lambda x, t: torch.ones_like(x), mask, eps - z)
+    start = 0.9 * eps + 0.1 * z
+    x = euler(velocity, start, [0.9, 0.6, 0.2, 0.0], lambda step, t, x: seen.append((t, x)))
+    for t, state in seen:
+        assert torch.allclose(state[..., 2:], (t * eps + (1 - t) * z)[..., 2:], atol=1e-6)
+    assert torch.allclose(x[..., 2:], z[..., 2:], atol=1e-6)
+    assert torch.allclose(x[..., :2], (start - 0.9)[..., :2], atol=1e-6)
 
 
 def test_interpolation_runs_from_latents_to_noise_and_its_slope_is_the_velocity():
@@ -161,18 +185,21 @@ def test_a_student_with_its_teachers_guided_velocity_has_no_distillation_loss():
 def test_a_velocity_takes_times_and_guidance_of_each_image():
     """A batch with times and guidance of its own equals its images one by one."""
     torch.manual_seed(0)
-    mmdit = MMDiT(MMDiTConfig(in_channels=64, vec_in_dim=8, context_in_dim=8, hidden_size=32, num_heads=2,
-                              depth=1, depth_single_blocks=1, axes_dim=(4, 6, 6)))
-    x, txt, vec = torch.randn(2, 16, 4, 4), torch.randn(2, 3, 8), torch.randn(2, 8)
+    mmdit = MMDiT(MMDiTConfig(
+        in_channels=64, vec_in_dim=8, context_in_dim=8, hidden_size=32, num_heads=2, depth=1,
+        depth_single_blocks=1, axes_dim=(4, 6, 6)))
+    x = torch.randn(2, 16, 4, 4)
+    txt = torch.randn(2, 3, 8)
+    pooled = torch.randn(2, 8)
     t, w = [0.25, 0.75], [1.0, 4.0]
-    both = flow(mmdit, txt, vec, torch.tensor(w), 4, 4)(x, torch.tensor(t))
+    both = flow(mmdit, txt, pooled, torch.tensor(w), 4, 4)(x, torch.tensor(t))
     for i in range(2):
-        one = flow(mmdit, txt[i:i + 1], vec[i:i + 1], w[i], 4, 4)(x[i:i + 1], t[i])
+        one = flow(mmdit, txt[i:i + 1], pooled[i:i + 1], w[i], 4, 4)(x[i:i + 1], t[i])
         assert torch.allclose(both[i:i + 1], one, atol=1e-5)
 
 
 def test_heun_is_of_second_order_and_takes_two_passes_a_step_but_one_at_the_end():
-    """dx/dt = x from t = 1 to 0 ends at x(1) / e; halving the step divides the error by about four."""
+    """dx/dt = x has the solution x(t) = e^(t - 1); half the step has a quarter of the error."""
     passes = []
 
     def velocity(x, t):
