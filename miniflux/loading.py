@@ -60,7 +60,7 @@ def load(source: str | Path = "tiny", *, device: torch.device | str | None = Non
 
 
 def with_schedule(flux: Flux, schedule: str | Schedule) -> Flux:
-    """The model with another schedule; with schnell's it also has schnell's few steps and tokens."""
+    """The model with another schedule; with schnell's, also with schnell's few steps and tokens."""
     settings = SCHEDULES.get(schedule) if isinstance(schedule, str) else schedule
     if not isinstance(settings, Schedule):
         raise ValueError(f"schedule is {schedule!r:.60}, "
@@ -76,7 +76,7 @@ def assemble(source: str | Path, device: torch.device, dtype: torch.dtype | None
              transformer: str | Path | None = None, own_schedule: bool = True) -> Flux:
     """The model of `load`, from its files; with the dtype None, as they hold it.
 
-    own_schedule: whether the folder's schedule is read, and refused where it is not followed here."""
+    own_schedule: whether the folder's schedule is read, and refused if it is not built here."""
     folder = find_source(source)
     if (folder / VARIANT).is_file():
         return assemble_variant(folder, device, dtype, transformer)
@@ -104,33 +104,42 @@ def assemble(source: str | Path, device: torch.device, dtype: torch.dtype | None
     return add_redux(flux, folder) if "image_embedder" in files else flux
 
 
-def assemble_variant(folder: Path, device: torch.device, dtype: torch.dtype | None, transformer: str | Path | None) -> Flux:
-    """A shipped model with Redux, where this folder holds that; else with the folder's LoRA merged into it for good: it may widen the
-    first layer, or, where `variant.json` says with which guidance it was made to need few steps, take the guidance embedding away."""
+def assemble_variant(folder: Path, device: torch.device, dtype: torch.dtype | None,
+                     transformer: str | Path | None) -> Flux:
+    """A shipped model with Redux, where this folder holds that; else with the folder's LoRA fused.
+
+    The LoRA may widen the first layer. Where `variant.json` gives the guidance with which the model
+    was distilled to need few steps, the guidance embedding is taken away."""
     from .adapters.lora import fuse_lora
 
     described = read_json(folder / VARIANT)
     base, guidance = described.get("base"), described.get("guidance")
     if base not in whole_models():
-        raise ValueError(f"{folder / VARIANT} names the base {base!r:.60}: expected a shipped model such as tiny")
+        raise ValueError(f"{folder / VARIANT} names the base {base!r:.60}: "
+                         "expected a shipped model such as tiny")
     flux = assemble(base, device, dtype, transformer)
-    flux = add_redux(flux, folder) if find_part(folder, "image_embedder") else fuse_lora(flux, folder / "lora.safetensors")
+    if find_part(folder, "image_embedder"):
+        flux = add_redux(flux, folder)
+    else:
+        flux = fuse_lora(flux, folder / "lora.safetensors")
     config = replace(flux.config, name=folder.name)
     if guidance is None:
         return replace(flux, config=config)
     check_number(f"the guidance in {folder / VARIANT}", guidance, 0, 1000)
-    return replace(flux, mmdit=without_guidance(flux.mmdit, guidance), config=replace(config, schedule=SCHEDULES["schnell"], few_steps=True))
+    config = replace(config, schedule=SCHEDULES["schnell"], few_steps=True)
+    return replace(flux, mmdit=without_guidance(flux.mmdit, guidance), config=config)
 
 
 @torch.no_grad()
 def without_guidance(mmdit: MMDiT, guidance: float) -> MMDiT:
-    """The transformer that computes for ever what this one computes with that guidance: the constant part of
-    time_in(t) + guidance_in(g) + vector_in(p) moves into the last bias."""
+    """The transformer that always computes what this one computes with that guidance: the constant
+    part of time_in(t) + guidance_in(g) + vector_in(p) moves into the last bias."""
     with torch.device("meta"):
         fixed = MMDiT(replace(mmdit.config, guidance_embed=False))
     bias = mmdit.vector_in.out_layer.bias
     constant = mmdit.guidance_in(timestep_embedding(bias.new_tensor([guidance])))[0]
-    state = {name: value for name, value in mmdit.state_dict().items() if not name.startswith("guidance_in.")}
+    state = {name: value for name, value in mmdit.state_dict().items()
+             if not name.startswith("guidance_in.")}
     fixed.load_state_dict(state | {"vector_in.out_layer.bias": bias + constant}, assign=True)
     return fixed.eval().requires_grad_(False)
 
@@ -138,9 +147,10 @@ def without_guidance(mmdit: MMDiT, guidance: float) -> MMDiT:
 def read_config(flux: Flux, folder: Path, replaced: bool, own_schedule: bool) -> FluxConfig:
     """The bundle's settings from the folder's small JSON files.
 
-    replaced: whether the transformer is another one than the folder's. It keeps the folder's schedule
-    all the same, as in diffusers: one without guidance embedding may be a de-distilled dev. Only a
-    transformer with guidance embedding has no use for schnell's schedule."""
+    replaced: whether the transformer is another one than the folder's. It keeps the folder's
+        schedule all the same, as in diffusers: one without guidance embedding may be a de-distilled
+        dev. Only a transformer with guidance embedding does not take schnell's schedule.
+    own_schedule: whether the folder's schedule is read."""
     guided = flux.mmdit.config.guidance_embed
     settings = SCHEDULES["dev" if guided else "schnell"]
     own = read_folder_schedule(folder) if own_schedule else None
@@ -167,22 +177,30 @@ def text_tokens(few_steps: bool, tokenizer: T5Tokenizer | None) -> int:
 
 
 def check_fit(flux: Flux, folder: Path) -> None:
-    """Refuses parts that do not belong together: widths that differ, tokens that a text encoder does not know."""
-    sizes, clip, t5, vae = flux.mmdit.config, flux.clip and flux.clip.config, flux.t5 and flux.t5.config, flux.autoencoder
-    facts = []
-    if clip:
+    """Refuses parts that do not belong together: widths that differ, tokens that a text encoder
+    lacks."""
+    sizes = flux.mmdit.config
+    facts = []                                              # (what, its value, the allowed ones)
+    if flux.clip:
+        clip = flux.clip.config
         facts.append(("CLIP's width", clip.hidden_size, [sizes.vec_in_dim]))
-    if t5:
+        if flux.clip_tokenizer:
+            largest = max(flux.clip_tokenizer.vocab.values())
+            facts.append(("CLIP's largest token", largest, range(clip.vocab_size)))
+            facts.append(("CLIP's number of tokens", flux.clip_tokenizer.max_length,
+                          range(clip.max_position_embeddings + 1)))
+    if flux.t5:
+        t5 = flux.t5.config
         facts.append(("T5's width", t5.d_model, [sizes.context_in_dim]))
-    if vae:
-        facts.append(("the autoencoder's latent channels x 4", 4 * vae.config.z_channels, [sizes.out_channels]))
-    if clip and flux.clip_tokenizer:
-        facts.append(("CLIP's largest token", max(flux.clip_tokenizer.vocab.values()), range(clip.vocab_size)))
-        facts.append(("CLIP's number of tokens", flux.clip_tokenizer.max_length, range(clip.max_position_embeddings + 1)))
-    if t5 and flux.t5_tokenizer:
-        largest = max([len(flux.t5_tokenizer.pieces) - 1, *flux.t5_tokenizer.special.values()])
-        facts.append(("T5's largest token", largest, range(t5.vocab_size)))
+        if flux.t5_tokenizer:
+            special = flux.t5_tokenizer.special.values()
+            largest = max([len(flux.t5_tokenizer.pieces) - 1, *special])
+            facts.append(("T5's largest token", largest, range(t5.vocab_size)))
+    if flux.autoencoder:
+        channels = 4 * flux.autoencoder.config.z_channels
+        facts.append(("the autoencoder's latent channels x 4", channels, [sizes.out_channels]))
     for what, have, allowed in facts:
         if have not in allowed:
-            raise ValueError(f"the parts of {folder} do not belong together: {what} is {have}, expected "
-                             + ("at most " if len(allowed) > 1 else "") + str(allowed[-1]))
+            at_most = "at most " if len(allowed) > 1 else ""
+            raise ValueError(f"the parts of {folder} do not belong together: {what} is {have}, "
+                             f"expected {at_most}{allowed[-1]}")

@@ -1,1 +1,2 @@
-"""From files to networks: formats (bytes -> tensors), names (their names -> ours), layouts (which file is what)."""
+"""From files to networks: formats (bytes -> tensors), names (their names -> ours), layouts (which
+file is what)."""

@@ -1,7 +1,8 @@
 """Named tensors + sizes -> a network that holds these very tensors.
 
-Networks are built on the meta device, which allocates nothing, and then take the tensors of the file as their own, strictly: a
-missing or unexpected tensor, or a wrong shape, is an error. Sizes that a config.json brings are checked before they are believed.
+Networks are built on the meta device, which allocates nothing, and then take the tensors of the
+file as their own, strictly: a missing or unexpected tensor, or a wrong shape, is an error. Sizes
+that a config.json brings are checked before they are used.
 """
 
 import math
@@ -17,10 +18,13 @@ from .formats import listing
 from .quantized import QuantizedLinear, QuantizedTensor, State
 
 Network = TypeVar("Network", bound=nn.Module)
-SIGNED = ("shift_factor", "base_shift", "max_shift")   # numbers of a config that may be 0 or negative
+# Numbers of a config that may be 0 or negative.
+SIGNED = ("shift_factor", "base_shift", "max_shift")
+
 
 class WithoutInitialisation(TorchFunctionMode):
-    """Leaves out `torch.nn.init`: what it would write is replaced anyway, and on the meta device it imports a compiler (1 s)."""
+    """Leaves out `torch.nn.init`: what it would write is replaced anyway, and on the meta device it
+    imports a compiler (1 s)."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -31,12 +35,15 @@ class WithoutInitialisation(TorchFunctionMode):
 
 def build(kind: type[Network], config, state: State, source: Path, device: torch.device | str,
           dtype: torch.dtype | None) -> Network:
-    """kind(config) with the tensors of `state`, each converted and moved on its own (empties `state`)."""
+    """kind(config) with the tensors of `state`, each converted and moved on its own.
+
+    Empties `state`, so that no second copy of the weights stays in memory."""
     try:
         with torch.device("meta"), WithoutInitialisation():
             network = kind(config)
     except (ValueError, RuntimeError) as error:
-        raise ValueError(f"{source}: there is no {kind.__name__} of these sizes: {str(error).splitlines()[0]}") from None
+        why = str(error).splitlines()[0]
+        raise ValueError(f"{source}: there is no {kind.__name__} of these sizes: {why}") from None
     expected = network.state_dict()
     missing, unexpected = sorted(set(expected) - set(state)), sorted(set(state) - set(expected))
     if missing or unexpected:
@@ -45,32 +52,38 @@ def build(kind: type[Network], config, state: State, source: Path, device: torch
                                      (("missing", missing), ("unexpected", unexpected)) if names))
     for name, tensor in expected.items():
         if tensor.shape != state[name].shape:
-            raise ValueError(f"{source}: {name} has the shape {list(state[name].shape)}, expected {list(tensor.shape)}")
+            raise ValueError(f"{source}: {name} has the shape {list(state[name].shape)}, "
+                             f"expected {list(tensor.shape)}")
         if not state[name].is_floating_point():
-            raise ValueError(f"{source}: {name} holds {state[name].dtype}, expected floating-point numbers")
+            raise ValueError(f"{source}: {name} holds {state[name].dtype}, "
+                             "expected floating-point numbers")
     for name in expected:
         module, _, attribute = name.rpartition(".")
         owner, tensor = network.get_submodule(module), state.pop(name)
         if isinstance(tensor, QuantizedTensor):
             if attribute == "weight" and isinstance(owner, nn.Linear):
-                network.set_submodule(module, quantized_linear(owner, tensor, torch.device(device), dtype))
+                layer = quantized_linear(owner, tensor, torch.device(device), dtype)
+                network.set_submodule(module, layer)
                 continue
             tensor = tensor.dequantize()
-        setattr(owner, attribute, nn.Parameter(place(tensor, torch.device(device), dtype), requires_grad=False))
+        tensor = place(tensor, torch.device(device), dtype)
+        setattr(owner, attribute, nn.Parameter(tensor, requires_grad=False))
     return network.eval()
 
 
-def quantized_linear(linear: nn.Linear, weight: QuantizedTensor, device: torch.device, dtype: torch.dtype | None) -> QuantizedLinear:
-    """The layer with a quantised weight in the place of its own, and the bias that it has so far."""
+def quantized_linear(linear: nn.Linear, weight: QuantizedTensor, device: torch.device,
+                     dtype: torch.dtype | None) -> QuantizedLinear:
+    """The layer with a quantised weight, and the bias that it has so far."""
     layer = QuantizedLinear(weight, dtype or torch.float32, device)
     layer.bias = linear.bias
     return layer
 
 
 def place(tensor: Tensor, device: torch.device, dtype: torch.dtype | None) -> Tensor:
-    """The tensor on its device, in its dtype; mapped from the file still, if both are as they were."""
+    """The tensor on its device, in its dtype; still mapped from the file if neither changes."""
     if device.type == "cpu" and dtype == torch.float32 != tensor.dtype and tensor.ndim == 2:
-        # Note: a matrix that must be copied anyway is stored by columns: so the CPU multiplies few rows faster.
+        # Note: a matrix that must be copied anyway is stored by columns: so the CPU multiplies few
+        # rows faster.
         return torch.empty(tensor.shape[::-1], dtype=dtype).copy_(tensor.t()).t()
     return tensor.to(device=device, dtype=dtype)
 
@@ -107,7 +120,8 @@ def checked(field: Field, key: str, value, source: Path):
     elif field.type is bool:
         good, expected = isinstance(value, bool), "true or false"
     else:
-        good, expected = isinstance(value, list) and 0 < len(value) <= 8 and all(map(is_size, value)), "a short list of sizes"
+        is_short = isinstance(value, list) and 0 < len(value) <= 8
+        good, expected = is_short and all(map(is_size, value)), "a short list of sizes"
     if not good:
         raise ValueError(f"{source}: {key} is {value!r:.60}, expected {expected}")
     return tuple(value) if isinstance(value, list) else value
@@ -116,6 +130,7 @@ def checked(field: Field, key: str, value, source: Path):
 def check_class(config: dict, expected: tuple[str, ...], source: Path) -> None:
     """Refuses the folder of another model by the class its config.json names."""
     architectures = config.get("architectures")
-    found = config.get("_class_name") or (architectures[0] if architectures and isinstance(architectures, list) else None)
+    first = architectures[0] if architectures and isinstance(architectures, list) else None
+    found = config.get("_class_name") or first
     if found is not None and found not in expected:
         raise ValueError(f"{source} describes a {found!r:.60}, expected a {expected[0]}")

@@ -72,13 +72,15 @@ def read_schedule(path: Path) -> Schedule:
     names = {key: key for key in SCHEDULER.read if key not in SPACINGS}
     kind = values.get("time_shift_type", "exponential")
     if kind not in ("exponential", "linear"):
-        raise ValueError(f"{path}: time_shift_type is {kind!r:.60}, expected 'exponential' or 'linear'")
+        raise ValueError(f"{path}: time_shift_type is {kind!r:.60}, "
+                         "expected 'exponential' or 'linear'")
     settings = pick(Schedule, values, names, path)
     if settings.base_image_seq_len == settings.max_image_seq_len:
         raise ValueError(f"{path}: base_image_seq_len and max_image_seq_len are both "
                          f"{settings.max_image_seq_len}, expected two sizes")
-    if settings.shift_terminal is not None and settings.shift_terminal >= 1:
-        raise ValueError(f"{path}: shift_terminal is {settings.shift_terminal}, expected a time below 1")
+    terminal = settings.shift_terminal
+    if terminal is not None and terminal >= 1:
+        raise ValueError(f"{path}: shift_terminal is {terminal}, expected a time below 1")
     spacings = [spacing for key, spacing in SPACINGS.items() if values.get(key)]
     if len(spacings) > 1:
         raise ValueError(f"{path} asks for the spacings {' and '.join(spacings)}, expected one")
@@ -164,7 +166,8 @@ def autoencoder_config(values: dict, source: Path) -> AutoencoderConfig:
                          "expected a list of multiples of its first")
     for key, kind in BLOCK_TYPES.items():
         if (found := values.get(key, [kind])) not in ([kind], [kind] * len(widths)):
-            raise ValueError(f"{source}: {key} is {found!r:.90}, expected {len(widths)} of {kind!r}")
+            raise ValueError(f"{source}: {key} is {found!r:.90}, "
+                             f"expected {len(widths)} of {kind!r}")
     names = {"ch": "ch", "ch_mult": "ch_mult", "num_res_blocks": "layers_per_block",
              "z_channels": "latent_channels", "num_groups": "norm_num_groups",
              "scale_factor": "scaling_factor", "shift_factor": "shift_factor"}
@@ -181,7 +184,8 @@ CLIP_TEXT = Keys(
     harmless={"projection_dim": "of the projection that FLUX.1 leaves out",
               "attention_dropout": "acts in training", "initializer_range": "acts in training",
               "initializer_factor": "acts in training",
-              "pad_token_id": "the tokenizer pads", "bos_token_id": "the tokenizer puts it in front"})
+              "pad_token_id": "the tokenizer pads",
+              "bos_token_id": "the tokenizer puts it in front"})
 # Note: the base model's, not those of FLUX.1's L/14; the end token is that of the vocabulary, while
 # the official file has the 2 of older versions, which makes transformers pool at the largest id.
 CLIP_DEFAULTS = {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8,
@@ -200,8 +204,9 @@ VISION = Keys(
 
 
 def clip_config(values: dict, source: Path) -> CLIPConfig:
-    """Sizes from the config of a text tower or of a whole CLIP; what it leaves out has transformers'
-    defaults."""
+    """Sizes from the config of a text tower or of a whole CLIP.
+
+    What it leaves out has transformers' defaults."""
     check_class(values, ("CLIPTextModel", "CLIPModel", "CLIPTextModelWithProjection"), source)
     text = values.get("text_config")
     values = CLIP_DEFAULTS | values | (text if isinstance(text, dict) else {})
@@ -223,7 +228,7 @@ def tower_config(kind: type, values: dict, source: Path):
 
 
 def vision_config(kind: type, classes: tuple[str, ...], patch_size: int, path: Path):
-    """Sizes of a vision tower from the config of its folder, or of a folder with a text tower too."""
+    """Sizes of a vision tower from its folder's config, or from that of a whole CLIP or SigLIP."""
     source = path / "config.json"
     values = read_json(source)
     check_class(values, classes, source)

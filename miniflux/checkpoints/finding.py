@@ -1,4 +1,5 @@
-"""Names -> folders, and folders -> the files of their parts: shipped models, paths, short names, the cache, the Hub."""
+"""Names -> folders, and folders -> the files of their parts: shipped models, paths, short names,
+the cache, the Hub."""
 
 from pathlib import Path
 
@@ -18,7 +19,8 @@ from .hub import (
 )
 from .names import WHOLE_MODEL, find_prefix
 
-# Where each part may lie in a folder, the best place first: the diffusers layout, then the original one.
+# Where each part may lie in a folder, the best place first: the diffusers layout, then the
+# original one.
 PARTS = {
     "transformer": ("transformer/*.safetensors", "flux1*.safetensors", "flux1*.sft", "flux1*.gguf",
                     "transformer"),
@@ -49,9 +51,11 @@ def whole_models() -> list[str]:
 
 
 def find_source(source: str | Path) -> Path:
-    """The folder or file that `source` names: a shipped model, a path, an official short name or a Hub id."""
+    """The folder or file that `source` names: a shipped model, a path, an official short name, a
+    Hub id or a file on the Hub."""
     name, shipped = str(source), shipped_models()
-    # Note: names come before paths, or a folder that happens to be called "dev" would hide the model: that one is "./dev".
+    # Note: names come before paths, or a folder that happens to be called "dev" would hide the
+    # model: that one is "./dev".
     if name in shipped and isinstance(source, str):
         return shipped[name]
     if name in OFFICIAL and isinstance(source, str):
@@ -62,8 +66,10 @@ def find_source(source: str | Path) -> Path:
         return find_repo_file(*found)
     if is_repo(name):
         return find_or_download(name)
-    raise FileNotFoundError(f"{name!r} is neither a folder nor a known model: expected {', '.join([*shipped, *OFFICIAL])}, "
-                            "a Hub id such as black-forest-labs/FLUX.1-dev, or the path of a checkpoint")
+    known = ", ".join([*shipped, *OFFICIAL])
+    raise FileNotFoundError(f"{name!r} is neither a folder nor a known model: expected {known}, a "
+                            "Hub id such as black-forest-labs/FLUX.1-dev, or the path of a "
+                            "checkpoint")
 
 
 def find_transformer(source: str | Path) -> Path:
@@ -73,8 +79,8 @@ def find_transformer(source: str | Path) -> Path:
         return path
     if found := split_repo_file(str(source)):
         return find_repo_file(*found)
-    raise FileNotFoundError(f"the transformer {source} does not exist: expected a file or a folder, "
-                            "or a file on the Hub, owner/name/file.safetensors")
+    raise FileNotFoundError(f"the transformer {source} does not exist: expected a file or a "
+                            "folder, or a file on the Hub, owner/name/file.safetensors")
 
 
 def find_part(folder: Path, part: str) -> list[Path]:
@@ -89,7 +95,8 @@ def find_part(folder: Path, part: str) -> list[Path]:
 
 
 def find_parts(folder: Path, transformer: Path | None = None) -> dict[str, Path]:
-    """Where each part of a model lies: {part name of the diffusers layout: folder or file}; `transformer` replaces one."""
+    """Where each part of a model lies: {part name of the diffusers layout: folder or file};
+    `transformer` replaces one."""
     index = folder / "model_index.json"
     name = read_json(index).get("_class_name") if index.is_file() else None
     if name is not None and not str(name).startswith("Flux"):
@@ -99,13 +106,18 @@ def find_parts(folder: Path, transformer: Path | None = None) -> dict[str, Path]
         found = find_part(folder, part)
         if found:
             files[part] = found[0] if found[0].parent == folder else found[0].parent
-        if part == "transformer" and len(found) > 1 and found[0].parent == folder and transformer is None:
-            raise ValueError(f"{folder} has the transformers {listing([path.name for path in found])}: choose with transformer=")
+        several = len(found) > 1 and found[0].parent == folder
+        if part == "transformer" and several and transformer is None:
+            names = listing([path.name for path in found])
+            raise ValueError(f"{folder} has the transformers {names}: choose with transformer=")
     if transformer is not None:
         files["transformer"] = transformer
     if "transformer" not in files:
-        what = "is incomplete: it has a model_index.json, but not the" if index.is_file() else "holds no FLUX.1 model: it has no"
-        raise ValueError(f"{folder} {what} folder transformer/ (diffusers layout) or file flux1-*.safetensors (original layout)")
+        what = "holds no FLUX.1 model: it has no"
+        if index.is_file():
+            what = "is incomplete: it has a model_index.json, but not the"
+        raise ValueError(f"{folder} {what} folder transformer/ (diffusers layout) "
+                         "or file flux1-*.safetensors (original layout)")
     return with_cached_encoders(files)
 
 
@@ -132,7 +144,8 @@ def with_cached_encoders(files: dict[str, Path]) -> dict[str, Path]:
 
 
 def list_models() -> list[str]:
-    """One line a model: what is shipped, with the adapters, and which official models are in the local cache."""
+    """One line a model: what is shipped, with the adapters, and which official models are in the
+    local cache."""
     lines = [f"{name:15} shipped" for name in shipped_models()]
     lines += [f"{name:15} shipped, a {what}" for name, what in shipped_adapters().items()]
     for name, repo in OFFICIAL.items():

@@ -1,12 +1,14 @@
-"""GGUF files: llama.cpp's format, in which quantised FLUX.1 transformers and T5 encoders are shared.
+"""GGUF files: llama.cpp's format for quantised transformers and T5 encoders.
 
     "GGUF", version, number of tensors, number of keys      little-endian
     keys         name, type, value
     tensors      name, dimensions (the innermost first), type, offset
     data         aligned; offsets count from here
 
-The tensors stay on disk, mapped; the quantised ones stay as they are (`QuantizedTensor`). A header is not trusted: every count and offset is
-checked against the file before it is used. Reference: ggml's `docs/gguf.md`; `gguf` of gguf-py.
+The tensors stay on disk, mapped; the quantised ones stay as they are (`QuantizedTensor`). A header
+is not trusted: every count and offset is checked against the file before it is used.
+
+Reference: ggml's `docs/gguf.md`; `gguf` of gguf-py.
 """
 
 import struct
@@ -22,7 +24,8 @@ from .quantized import QuantizedTensor, State
 
 PLAIN = {0: torch.float32, 1: torch.float16, 28: torch.float64, 30: torch.bfloat16}
 KINDS = {number: (kind, numbers, size) for kind, (number, numbers, size, _) in BLOCKS.items()}
-SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}   # bytes of a value of each type
+# Bytes of a value of each type.
+SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 STRING, ARRAY, UINT32 = 8, 9, 4
 MAX_TENSORS, MAX_KEYS, MAX_NAME = 65_536, 65_536, 1 << 16
 
@@ -55,7 +58,7 @@ class Header:
             if kind in SIZES:
                 self.take(count * SIZES[kind])
             elif kind == STRING:
-                for _ in range(count):                      # each takes 8 bytes at least, so this ends with the file
+                for _ in range(count):      # each takes 8 bytes at least: this ends with the file
                     self.take(self.number("Q"))
             else:
                 raise ValueError(f"an array of the unknown type {kind}")
@@ -64,7 +67,8 @@ class Header:
 
 
 def read_gguf(path: Path) -> State:
-    """All tensors of a file in torch's shapes, mapped from disk; quantised ones as `QuantizedTensor`.
+    """All tensors of a file in torch's shapes, mapped from disk; a quantised one is a
+    `QuantizedTensor`.
 
     Raises FileNotFoundError; ValueError for a file that is truncated or corrupt, or that holds
     tensors in a format that is not read here."""
@@ -73,8 +77,9 @@ def read_gguf(path: Path) -> State:
         entries, start = read_header(Header(data))
     for name, (_, kind, _) in entries.items():
         if kind in OTHER_BLOCKS:
-            raise ValueError(f"{path}: the tensor {name} is in the format {OTHER_BLOCKS[kind]}, which "
-                             f"is not read here: expected one of F32, F16, BF16, {', '.join(BLOCKS)}")
+            known = ", ".join(BLOCKS)
+            raise ValueError(f"{path}: the tensor {name} is in the format {OTHER_BLOCKS[kind]}, "
+                             f"which is not read here: expected one of F32, F16, BF16, {known}")
     with one_sentence(path):
         return {name: read_tensor(data[start:], *entry) for name, entry in entries.items()}
 
@@ -121,12 +126,14 @@ def read_header(header: Header) -> tuple[dict[str, tuple], int]:
         name, dims = header.text(), header.number("I")
         if dims > 4 or name in entries or not name.isprintable():
             raise ValueError(f"tensor {name!r:.60} has {dims} dimensions, or occurs twice")
-        shape = tuple(header.number("Q") for _ in range(dims))[::-1]        # Note: the innermost comes first in the file
+        # Note: the innermost dimension comes first in the file.
+        shape = tuple(header.number("Q") for _ in range(dims))[::-1]
         entries[name] = shape, header.number("I"), header.number("Q")
     return entries, header.place + -header.place % alignment
 
 
-def read_tensor(data: np.ndarray, shape: tuple[int, ...], kind: int, offset: int) -> torch.Tensor | QuantizedTensor:
+def read_tensor(data: np.ndarray, shape: tuple[int, ...], kind: int,
+                offset: int) -> torch.Tensor | QuantizedTensor:
     count = 1
     for side in shape:
         count *= side
@@ -146,4 +153,5 @@ def read_tensor(data: np.ndarray, shape: tuple[int, ...], kind: int, offset: int
     piece = data[offset:offset + length]
     if kind in PLAIN:
         return view(piece, PLAIN[kind], list(shape))
-    return QuantizedTensor(name, torch.Size(shape), {"q": torch.from_numpy(piece).view(count // shape[-1], -1)})
+    rows = torch.from_numpy(piece).view(count // shape[-1], -1)
+    return QuantizedTensor(name, torch.Size(shape), {"q": rows})

@@ -1,7 +1,8 @@
-"""Where checkpoints lie on this machine: in the package, in the local Hugging Face cache, or in a download into it.
+"""Where checkpoints lie on this machine: in the package, in the local Hugging Face cache, or in a
+download into it.
 
-The cache is read directly, so nothing has to be installed to use what is already there; downloading needs the optional
-package `huggingface_hub` (`pip install "miniflux-torch[hub]"`).
+The cache is read directly, so nothing has to be installed to use what is already there; downloading
+needs the optional package `huggingface_hub` (`pip install "miniflux-torch[hub]"`).
 """
 
 import logging
@@ -19,7 +20,8 @@ log = logging.getLogger("miniflux")
 WEIGHT_FILES = (*SAFETENSORS, ".gguf")
 SHIPPED = Path(__file__).parents[1] / "tiny" / "weights"
 # What a shipped folder is with this file directly in it.
-SHIPPED_ADAPTERS = {"pytorch_lora_weights.safetensors": "LoRA", "diffusion_pytorch_model.safetensors": "ControlNet",
+SHIPPED_ADAPTERS = {"pytorch_lora_weights.safetensors": "LoRA",
+                    "diffusion_pytorch_model.safetensors": "ControlNet",
                     "ip_adapter.safetensors": "IP-Adapter"}
 
 OFFICIAL = {
@@ -32,9 +34,10 @@ OFFICIAL = {
     "kontext": "black-forest-labs/FLUX.1-Kontext-dev",
     "redux": "black-forest-labs/FLUX.1-Redux-dev",
 }
-# Note: the same transformer and autoencoder also lie beside the folders, as flux1-*.safetensors (24 GB) and ae.safetensors.
-WANTED = ["model_index.json", "scheduler/*", "text_encoder*/*", "tokenizer*/*", "transformer/*", "vae/*", "image_encoder/*",
-          "image_embedder/*"]
+# Note: the same transformer and autoencoder also lie beside the folders, as flux1-*.safetensors
+# (24 GB) and ae.safetensors.
+WANTED = ["model_index.json", "scheduler/*", "text_encoder*/*", "tokenizer*/*", "transformer/*",
+          "vae/*", "image_encoder/*", "image_embedder/*"]
 # In a snapshot that is more than a few stray files.
 WEIGHTS = ["transformer/*.safetensors", "flux1*.safetensors", "flux1*.sft", "flux1*.gguf",
            "image_embedder/*.safetensors"]
@@ -42,7 +45,8 @@ WEIGHTS = ["transformer/*.safetensors", "flux1*.safetensors", "flux1*.sft", "flu
 USUAL = {"LoRA": ("pytorch_lora_weights.safetensors", "adapter_model.safetensors"),
          "IP-Adapter": ("ip_adapter.safetensors",)}
 # One of these makes a part of a pipeline whole. A scheduler is a JSON file, a tokenizer several.
-PART_FILES = ("*.safetensors", "scheduler_config.json", "tokenizer.json", "vocab.json", "spiece.model")
+PART_FILES = ("*.safetensors", "scheduler_config.json", "tokenizer.json", "vocab.json",
+              "spiece.model")
 
 
 def cache_folder() -> Path:
@@ -63,7 +67,8 @@ def find_in_cache(repo: str) -> Path | None:
     """The newest snapshot folder of a repository "owner/name" in the cache, or None."""
     folder = cache_folder() / ("models--" + repo.replace("/", "--"))
     main = folder / "refs" / "main"
-    if main.is_file() and (commit := main.read_text().strip()) and (folder / "snapshots" / commit).is_dir():
+    commit = main.read_text().strip() if main.is_file() else ""
+    if commit and (folder / "snapshots" / commit).is_dir():
         return folder / "snapshots" / commit
     snapshots = [path for path in folder.glob("snapshots/*") if path.is_dir()]
     return max(snapshots, key=lambda path: path.stat().st_mtime, default=None)
@@ -84,13 +89,15 @@ def split_repo_file(name: str) -> tuple[str, str] | None:
 
 def shipped_adapters() -> dict[str, str]:
     """The LoRAs, ControlNets and IP-Adapters that come with the package: name -> which of these."""
-    return {path.parent.name: what for file, what in SHIPPED_ADAPTERS.items() for path in sorted(SHIPPED.glob(f"*/{file}"))}
+    return {path.parent.name: what for file, what in SHIPPED_ADAPTERS.items()
+            for path in sorted(SHIPPED.glob(f"*/{file}"))}
 
 
 def find_network(source: str | Path, what: str) -> Path:
     """The file or folder of a single network.
 
-    source: a shipped name, a path, a Hub id, or a file of a repository, "owner/name/path/file.safetensors".
+    source: a shipped name, a path, a Hub id, or a file of a repository,
+        "owner/name/path/file.safetensors".
     what: "LoRA", "ControlNet", ...: which shipped ones count, and the word of the errors."""
     shipped = [name for name, kind in shipped_adapters().items() if kind == what]
     # Note: names come before paths, as in `find_source`.
@@ -102,8 +109,9 @@ def find_network(source: str | Path, what: str) -> Path:
         return find_repo_file(*found)
     if is_repo(str(source)):
         return find_repo_network(str(source), what)
-    raise FileNotFoundError(f"the {what} {source} does not exist: expected a file, a folder or a Hub id"
-                            + ", or ".join(["", *shipped]))
+    names = ", or ".join(["", *shipped])
+    raise FileNotFoundError(f"the {what} {source} does not exist: "
+                            f"expected a file, a folder or a Hub id{names}")
 
 
 def find_file(path: Path, what: str, usual: Sequence[str] = ()) -> Path:
@@ -127,8 +135,8 @@ def find_file(path: Path, what: str, usual: Sequence[str] = ()) -> Path:
 
 
 def find_or_download(repo: str, wanted: list[str] = WANTED, weights: list[str] = WEIGHTS) -> Path:
-    """The snapshot folder of a repository, by default of a FLUX.1 model. What it lacks is downloaded
-    by `huggingface_hub`, of the files that are wanted.
+    """The snapshot folder of a repository, by default of a FLUX.1 model. What it lacks of the
+    wanted files is downloaded by `huggingface_hub`.
 
     Raises FileNotFoundError with what to do when nothing can be had."""
     snapshot = find_in_cache(repo)
@@ -141,7 +149,8 @@ def find_or_download(repo: str, wanted: list[str] = WANTED, weights: list[str] =
     except FileNotFoundError as error:
         if has_weights or (snapshot and not has_hub()):
             # Where it matters, the loader names what is not there.
-            log.warning("%s in the cache lacks %s; %s", repo, listing(missing or weights[:1]), error)
+            lacking = listing(missing or weights[:1])
+            log.warning("%s in the cache lacks %s; %s", repo, lacking, error)
             return snapshot
         raise
 
@@ -232,14 +241,16 @@ def ask_hub(repo: str, function: str, **keywords):
     try:
         import huggingface_hub
     except ImportError:
-        raise FileNotFoundError(f'{repo} is not in {cache_folder()}: `pip install "miniflux-torch[hub]"` '
-                                "to download it, or give a folder that holds it") from None
+        raise FileNotFoundError(f"{repo} is not in {cache_folder()}: "
+                                '`pip install "miniflux-torch[hub]"` to download it, '
+                                "or give a folder that holds it") from None
     try:
         return getattr(huggingface_hub, function)(repo, **keywords)
-    except Exception as error:                              # the hub's errors have many types and lines
+    except Exception as error:              # the hub's errors have many types and many lines
         kind = type(error).__name__
         is_gated = "Gated" in kind or "403" in str(error)
-        advice = (f"accept its licence at https://huggingface.co/{repo} and log in with `hf auth login`"
-                  if is_gated else
-                  "check the name and the network connection, or give a folder that holds it")
+        advice = "check the name and the network connection, or give a folder that holds it"
+        if is_gated:
+            advice = (f"accept its licence at https://huggingface.co/{repo} "
+                      "and log in with `hf auth login`")
         raise FileNotFoundError(f"{repo} could not be downloaded ({kind}): {advice}") from None

@@ -1,13 +1,14 @@
 """Quantised weights: how they are stored in files and in memory, and the numbers they stand for.
 
     fp8      w = scale · q           q in float8, one scale a row         (ComfyUI's files, quanto)
-    int8     w = scale · q           q in int8, one scale a row           (LLM.int8(), arXiv:2208.07339)
-    nf4      w = absmax · table[q]   two q a byte, an absmax for 64       (QLoRA, arXiv:2305.14314)
+    int8     w = scale · q           q in int8, one scale a row           (LLM.int8(), 2208.07339)
+    nf4      w = absmax · table[q]   two q a byte, an absmax for 64       (QLoRA, 2305.14314)
     Q4_K...  llama.cpp's blocks      see `blocks.py`                      (GGUF files)
 
 A `QuantizedTensor` takes the place of a tensor in a state dict; in the network it becomes a
-`QuantizedLinear`, which dequantizes its weight whenever it is used. All parts are stored row by row,
-so weights are cut and concatenated along their rows without being dequantized.
+`QuantizedLinear`, which dequantizes its weight whenever it is used. All parts are stored row by
+row, so weights are cut and concatenated along their rows without being dequantized. The numbers are
+those of the papers on arXiv.
 """
 
 import json
@@ -38,7 +39,7 @@ BITSANDBYTES = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map",
 
 @dataclass(frozen=True)
 class QuantizedTensor:
-    """A weight (out, in) in fewer bits: `parts` by name, each with one row for a row of the weight."""
+    """A weight (out, in) in fewer bits: `parts` by name, each with one row a row of the weight."""
 
     kind: str
     shape: torch.Size
@@ -69,7 +70,7 @@ def dequantized(weight: Tensor | QuantizedTensor) -> Tensor:
 
 def dequantize(kind: str, parts: dict[str, Tensor]) -> Tensor:
     """The elements of a weight, or of some rows of one: (rows, in) float32."""
-    q = parts["q"]                                                              # (rows, bytes a row)
+    q = parts["q"]                                                        # (rows, bytes a row)
     if kind in FLOAT8:
         # In place: memory for one copy, not for two.
         return q.view(FLOAT8[kind]).float().mul_(parts["scale"])
@@ -124,8 +125,8 @@ class QuantizedLinear(nn.Linear):
 
 
 def gather_quantized(state: dict[str, Tensor], source) -> State:
-    """A safetensors file's tensors, with those that belong together as one `QuantizedTensor` (empties
-    `state`).
+    """A safetensors file's tensors, with those that belong together as one `QuantizedTensor`.
+    Empties `state`.
 
     Raises ValueError for a form that is not known, and for parts that are missing or do not fit."""
     result: State = {}
@@ -134,7 +135,7 @@ def gather_quantized(state: dict[str, Tensor], source) -> State:
     for name in own:
         try:
             result[name] = gather(state, name)
-        except (KeyError, IndexError, RuntimeError, ValueError, TypeError, ArithmeticError) as error:
+        except (LookupError, RuntimeError, ValueError, TypeError, ArithmeticError) as error:
             why = f"{type(error).__name__}: {str(error).partition(chr(10))[0]:.100}"
             raise ValueError(f"{source}: {name} is quantised in a form that is not read here "
                              f"({why})") from None

@@ -1,4 +1,5 @@
-"""Networks -> the folder of a pipeline in the diffusers layout, which diffusers and transformers load too.
+"""Networks -> the folder of a pipeline in the diffusers layout, which diffusers and transformers
+load too.
 
     save(load("dev", transformer="mine.safetensors"), "mine")
 """
@@ -73,8 +74,9 @@ def model_index(pipeline: str, parts: dict) -> dict:
 
 
 def pipeline_of(flux: Flux) -> str:
-    """The diffusers class for a model. Note: Kontext's transformer has dev's shape; only the name of
-    the model tells them apart."""
+    """The diffusers class for a model.
+
+    Note: Kontext's transformer has dev's shape; only the model's name tells them apart."""
     return PIPELINES.get(flux.config.name.rpartition("-")[2], "FluxPipeline")
 
 
@@ -87,7 +89,7 @@ def check_plain(network: nn.Module) -> None:
                          "save the model as it was before quantize() or unmerged LoRAs")
 
 
-# ------------------------------------------------------------------------------------------ the parts
+# --------------------------------------------------------------------------------------- the parts
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -115,7 +117,7 @@ def write_part(folder: Path, config: dict, stem: str, state: dict[str, Tensor],
 
 def write_mmdit(folder: Path, network: MMDiT, pipeline: str = "FluxPipeline",
                 schedule: Schedule | None = None, dtype: torch.dtype | None = None) -> None:
-    """`transformer/`, and the files that make the folder a whole: `scheduler/`, `model_index.json`."""
+    """`transformer/`, and what makes the folder a whole: `scheduler/` and `model_index.json`."""
     write_part(folder / "transformer", mmdit_json(network.config), "diffusion_pytorch_model",
                mmdit_to_diffusers(network.state_dict()), dtype)
     schedule = schedule or SCHEDULES["dev" if network.config.guidance_embed else "schnell"]
@@ -156,7 +158,7 @@ def write_redux(folder: Path, siglip: SigLIP, redux: ReduxEmbedder,
                redux.state_dict(), dtype)
 
 
-# ---------------------------------------------------------------------------------------- the configs
+# ------------------------------------------------------------------------------------- the configs
 
 
 def schedule_json(schedule: Schedule) -> dict:

@@ -1,11 +1,12 @@
-"""CLIP: a prompt -> one vector, a picture -> one vector (Radford et al. 2021, arXiv:2103.00020).
+"""CLIP: a prompt -> one vector, an image -> one vector (Radford et al. 2021, arXiv:2103.00020).
 
-The text tower, a small causal transformer, reads up to 77 byte-pair tokens; what it holds at the end-of-text token is the prompt's
-pooled vector, which FLUX adds to the time embedding. The vision tower, without a mask, reads a picture's patches behind one
-class token; what it holds there is the picture's vector, which IP-Adapters turn into tokens.
+The text tower, a small causal transformer, reads up to 77 byte-pair tokens; its state at the
+end-of-text token is the prompt's pooled vector, which FLUX adds to the time embedding. The vision
+tower, without a mask, reads an image's patches behind one class token; its state there is the
+image's vector, which IP-Adapters turn into tokens.
 
-Attributes are named like the tensors of `openai/clip-vit-large-patch14`. Reference: transformers' `CLIPTextModel` and
-`CLIPVisionModelWithProjection`.
+Attributes are named like the tensors of `openai/clip-vit-large-patch14`. Reference: transformers'
+`CLIPTextModel` and `CLIPVisionModelWithProjection`.
 """
 
 from dataclasses import dataclass, field
@@ -73,7 +74,9 @@ class CLIPMLP(nn.Module):
 
 
 class CLIPLayer(nn.Module):
-    """x + attention(norm(x)), then x + MLP(norm(x)). `config` may be any with these sizes: SigLIP has the same layers."""
+    """x + attention(norm(x)), then x + MLP(norm(x)).
+
+    config: any with these sizes; SigLIP has the same layers."""
 
     def __init__(self, config: CLIPConfig):
         super().__init__()
@@ -106,7 +109,8 @@ class CLIPTextEmbeddings(nn.Module):
         self.position_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
 
     def forward(self, ids: Tensor) -> Tensor:
-        return self.token_embedding(ids) + self.position_embedding.weight[:ids.shape[1]]  # (B, S, hidden)
+        positions = self.position_embedding.weight[:ids.shape[1]]               # (S, hidden)
+        return self.token_embedding(ids) + positions                            # (B, S, hidden)
 
 
 class CLIPTextTransformer(nn.Module):
@@ -139,7 +143,8 @@ class CLIPText(nn.Module):
         Note: 2 is a leftover in the official config; it means the largest id, which end-of-text is
         in the official vocabulary. After words were added to it, the config must name the token."""
         end = self.config.eos_token_id
-        return (ids if end == 2 else (ids == end).int()).argmax(dim=-1)         # the first of equals
+        scores = ids if end == 2 else (ids == end).int()
+        return scores.argmax(dim=-1)                                            # first of equals
 
 
 @dataclass(frozen=True)
@@ -158,16 +163,17 @@ class CLIPVisionConfig:
 
 
 class CLIPVisionEmbeddings(nn.Module):
-    """Pictures (B, 3, S, S) -> the class token, then one token a patch: (B, 1+N, hidden)."""
+    """Images (B, 3, S, S) -> the class token, then one token a patch: (B, 1+N, hidden)."""
 
     def __init__(self, config: CLIPVisionConfig):
         super().__init__()
         self.class_embedding = nn.Parameter(torch.zeros(config.hidden_size))
-        self.patch_embedding = nn.Conv2d(3, config.hidden_size, config.patch_size, stride=config.patch_size, bias=False)
-        self.position_embedding = nn.Embedding(1 + (config.image_size // config.patch_size) ** 2, config.hidden_size)
+        size, patches = config.patch_size, (config.image_size // config.patch_size) ** 2
+        self.patch_embedding = nn.Conv2d(3, config.hidden_size, size, stride=size, bias=False)
+        self.position_embedding = nn.Embedding(1 + patches, config.hidden_size)
 
-    def forward(self, pictures: Tensor) -> Tensor:
-        patches = self.patch_embedding(pictures).flatten(2).transpose(1, 2)     # (B, N, hidden)
+    def forward(self, images: Tensor) -> Tensor:
+        patches = self.patch_embedding(images).flatten(2).transpose(1, 2)     # (B, N, hidden)
         x = torch.cat([self.class_embedding.expand(len(patches), 1, -1), patches], dim=1)
         return x + self.position_embedding.weight                               # (B, 1+N, hidden)
 
@@ -176,17 +182,19 @@ class CLIPVisionTransformer(nn.Module):
     def __init__(self, config: CLIPVisionConfig):
         super().__init__()
         self.embeddings = CLIPVisionEmbeddings(config)
-        self.pre_layrnorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)  # sic: the checkpoint's spelling
+        # Sic: the checkpoint's spelling.
+        self.pre_layrnorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.encoder = CLIPEncoder(config)
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
-    def forward(self, pictures: Tensor) -> Tensor:
-        x = self.encoder(self.pre_layrnorm(self.embeddings(pictures)), is_causal=False)
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.encoder(self.pre_layrnorm(self.embeddings(images)), is_causal=False)
         return self.post_layernorm(x[:, 0])                                     # (B, hidden)
 
 
 class CLIPVision(nn.Module):
-    """Pictures (B, 3, S, S), normalised, S = image_size -> their vectors (B, projection_dim), not of unit length."""
+    """Images (B, 3, S, S), normalised, S = image_size -> their vectors (B, projection_dim), not of
+    unit length."""
 
     def __init__(self, config: CLIPVisionConfig = CLIPVisionConfig()):
         super().__init__()
@@ -194,5 +202,5 @@ class CLIPVision(nn.Module):
         self.vision_model = CLIPVisionTransformer(config)
         self.visual_projection = nn.Linear(config.hidden_size, config.projection_dim, bias=False)
 
-    def forward(self, pictures: Tensor) -> Tensor:
-        return self.visual_projection(self.vision_model(pictures))              # (B, projection_dim)
+    def forward(self, images: Tensor) -> Tensor:
+        return self.visual_projection(self.vision_model(images))           # (B, projection_dim)

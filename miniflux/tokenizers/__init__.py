@@ -13,8 +13,8 @@ from two ends:
                             ->  T5    ▁Hello , ▁World ' s ▁20 24
 
 Both turn `list[str]` into int64 tensors (B, length), with the special tokens and the padding that
-the text encoders were trained with, and equal the fast tokenizers of the `tokenizers` library. Where
-they cannot: code points newer than this Python's Unicode tables, and CLIP's NFC for combining marks
+the text encoders were trained with, and equal the fast tokenizers of the `tokenizers` library. The
+exceptions: code points newer than this Python's Unicode tables, and CLIP's NFC for combining marks
 newer than Unicode 9 (the library's tables are older there).
 
 Sources: BPE: Sennrich et al. 2016, arXiv:1508.07909. CLIP: Radford et al. 2021, arXiv:2103.00020.

@@ -15,16 +15,16 @@ from .text import SPACE, check_text, pad_and_truncate, remembered
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 
-# Python's \\w is exactly: letters (L*), numbers (N*), underscore. `split_clip` has put spaces around
-# each number, so [^\\W_]+ is a run of letters or one number. What looks like a special token here is
-# none (it was typed in capitals): then it is three ordinary pieces.
+# Python's \w is exactly: letters (L*), numbers (N*), underscore. `split_clip` has put spaces
+# around each number, so [^\W_]+ is a run of letters or one number. What looks like a special token
+# here is none (it was typed in capitals): then it is three ordinary pieces.
 CLIP_PIECE = re.compile(r"(<\|)(startoftext|endoftext)(\|>)|"
                         rf"('s|'t|'re|'ve|'m|'ll|'d|[^\W_]+|(?:[^\w{SPACE}]|_)+)")
 
 
 def split_clip(text: str) -> list[str]:
-    """Cut normalised text into the pieces BPE works on: contractions, words, single numbers, runs of
-    anything else.
+    """Cut normalised text into the pieces that BPE works on: contractions, words, single numbers,
+    runs of anything else.
 
     >>> split_clip("it's 10km—away!!")
     ['it', "'s", '1', '0', 'km', '—', 'away', '!!']
@@ -59,7 +59,8 @@ class CLIPTokenizer:
 
     `<|endoftext|>` is also the token of what is unknown. ValueError if the vocabulary does not fit.
 
-    With the official files: encode("a photo of 北京") == [320, 1125, 539, 161, 234, 245, 21078, 361]
+    With the official files: encode("a photo of 北京")
+    == [320, 1125, 539, 161, 234, 245, 21078, 361]
     """
 
     def __init__(self, vocab: dict[str, int], merges: list[tuple[str, str]], max_length: int = 77,
@@ -97,8 +98,8 @@ class CLIPTokenizer:
     def encode(self, text: str) -> list[int]:
         """The tokens of the text alone, without start and end.
 
-        Note: special tokens typed in the text are honoured: END in the text as it is, START in small
-        letters or capitals.
+        Note: special tokens typed in the text are honoured: END in the text as it is, START in
+        small letters or capitals.
         """
         check_text(text)
         ids = []
@@ -118,8 +119,8 @@ class CLIPTokenizer:
 
 
 def merge_pairs(symbols: list[str], ranks: dict[tuple[str, str], int]) -> list[str]:
-    """Byte-pair encoding: merge the pair with the lowest rank (of equals: the leftmost) until no pair
-    has a rank.
+    """Byte-pair encoding: merge the pair with the lowest rank (of equals: the leftmost) until no
+    pair has a rank.
 
     A heap holds the candidates, so n bytes cost O(n log n).
     """

@@ -1,9 +1,10 @@
 """The files that tokenizers are stored in.
 
-    tokenizer.json                        all of it (tokenizers library; all that transformers 5 writes)
-    vocab.json, merges.txt                CLIP's vocabulary in the older layout
-    spiece.model                          T5's, a protobuf message of SentencePiece
-    tokenizer_config.json, special_tokens_map.json, added_tokens.json       settings and added tokens
+    tokenizer.json                   all of it (all that transformers 5 writes)
+    vocab.json, merges.txt           CLIP's vocabulary in the older layout
+    spiece.model                     T5's, a protobuf message of SentencePiece
+    tokenizer_config.json, special_tokens_map.json, added_tokens.json
+                                     settings and added tokens
 
 A setting that changes tokens in the references is read, or refused by name with another value than
 the one that is built here.
@@ -31,7 +32,8 @@ HARMLESS = {
     "add_bos_token": "the start and end are those of the class", "add_eos_token": "the same",
     "add_prefix_space": "not used by these classes",
     "backend": "which code runs it", "tokenizer_class": "its name", "processor_class": "a name",
-    "chat_template": "for chats", "response_template": "for chats", "chat_control_tokens": "for chats",
+    "chat_template": "for chats", "response_template": "for chats",
+    "chat_control_tokens": "for chats",
     "clean_up_tokenization_spaces": "acts on decoding", "errors": "acts on decoding",
     "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output": "acts on decoding",
     "do_lower_case": "the class lowers the case whatever it is",
@@ -44,7 +46,8 @@ HARMLESS = {
 
 def read_bytes(path: Path) -> bytes:
     if not path.is_file():
-        raise FileNotFoundError(f"{path} not found, expected a tokenizer in the Hugging Face layout")
+        raise FileNotFoundError(f"{path} not found, "
+                                "expected a tokenizer in the Hugging Face layout")
     return path.read_bytes()
 
 
@@ -55,11 +58,13 @@ def read_settings(folder: Path, fixed: dict[str, object]) -> dict:
         if (folder / name).is_file():
             settings |= read_json(folder / name)
     for key, value in settings.items():
-        if key.endswith("_token") and isinstance(value, dict):                  # with the rules of an AddedToken
+        # Some files give a token with its rules.
+        if key.endswith("_token") and isinstance(value, dict):
             settings[key] = value.get("content")
     for key, expected in (FIXED | fixed).items():
         if (found := settings.get(key)) not in (None, expected):
-            raise ValueError(f"{folder}: the tokenizer's {key} is {found!r:.60}, expected {expected!r}")
+            raise ValueError(f"{folder}: the tokenizer's {key} is {found!r:.60}, "
+                             f"expected {expected!r}")
     return settings
 
 
@@ -82,12 +87,15 @@ def read_added_tokens(folder: Path, settings: dict) -> dict[str, AddedToken]:
         for number, token in (settings.get("added_tokens_decoder") or {}).items():
             tokens[token["content"]] = added_token(token, number)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{folder} has damaged added tokens ({type(error).__name__}: {error})") from None
+        raise ValueError(f"{folder} has damaged added tokens "
+                         f"({type(error).__name__}: {error})") from None
     return tokens
 
 
 def added_token(token: dict, number: int | str) -> AddedToken:
-    """One of a file's added tokens. Note: special ones are by default not normalised, others are."""
+    """One of a file's added tokens.
+
+    Note: special ones are by default not normalised, others are."""
     if not isinstance(token["content"], str) or not 0 <= int(number) < 10**7:
         raise ValueError(f"{token['content']!r:.60} has the number {number!r:.20}")
     flags = {key: bool(token.get(key, False)) for key in ("single_word", "lstrip", "rstrip")}
@@ -122,7 +130,8 @@ def read_clip_files(folder: Path) -> dict:
                 or not all(type(number) is int and number >= 0 for number in vocab.values())):
             raise ValueError(f"{folder} is damaged, "
                              "expected numbers in vocab.json and pairs in merges.txt")
-    return {"vocab": vocab, "merges": merges, "added": added.values()} | common_settings(settings, 77)
+    arguments = common_settings(settings, 77)
+    return arguments | {"vocab": vocab, "merges": merges, "added": added.values()}
 
 
 def read_clip_json(path: Path) -> tuple[dict, list[tuple[str, str]], dict[str, AddedToken]]:
@@ -145,7 +154,8 @@ def read_clip_json(path: Path) -> tuple[dict, list[tuple[str, str]], dict[str, A
         if any(len(pair) != 2 for pair in merges):
             raise ValueError("a merge is no pair")
         vocab = {str(symbol): int(number) for symbol, number in model["vocab"].items()}
-        added = {token["content"]: added_token(token, token["id"]) for token in data["added_tokens"]}
+        added = {token["content"]: added_token(token, token["id"])
+                 for token in data["added_tokens"]}
         return vocab, merges, added
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is no tokenizer of CLIP ({type(error).__name__}: "
@@ -182,12 +192,14 @@ def read_t5_json(path: Path) -> tuple[list[tuple[str, float]], bytes, list[Added
         pieces = [(str(piece), float(score)) for piece, score in data["model"]["vocab"]]
         steps = data["normalizer"] or {}
         maps = [step.get("precompiled_charsmap") for step in steps.get("normalizers", [steps])]
-        added = [added_token(token, token["id"]) for token in data["added_tokens"] if token["content"]]
+        added = [added_token(token, token["id"])
+                 for token in data["added_tokens"] if token["content"]]
         cut = data.get("pre_tokenizer") or {}
         schemes = [step.get("prepend_scheme") for step in cut.get("pretokenizers", [cut])]
         return pieces, base64.b64decode("".join(filter(None, maps))), added, "always" in schemes
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is no tokenizer of T5, expected a Unigram model ({error})") from None
+        raise ValueError(f"{path} is no tokenizer of T5, "
+                         f"expected a Unigram model ({error})") from None
 
 
 def read_spiece_model(path: Path) -> tuple[list[tuple[str, float]], bytes, list[AddedToken]]:
@@ -223,7 +235,8 @@ def read_spiece_model(path: Path) -> tuple[list[tuple[str, float]], bytes, list[
             special[f"<extra_id_{i}>"] = len(pieces)
             pieces.append((f"<extra_id_{i}>", 0.0))
     except (AttributeError, LookupError, TypeError, ValueError, struct.error) as error:
-        raise ValueError(f"{path} is damaged, expected a SentencePiece unigram model ({error})") from None
+        raise ValueError(f"{path} is damaged, "
+                         f"expected a SentencePiece unigram model ({error})") from None
     return pieces, charsmap, [AddedToken(content, number) for content, number in special.items()]
 
 

@@ -36,11 +36,13 @@ def normalise_clip(text: str) -> str:
 # ----------------------------------------------------------------------------------------------- T5
 
 # What of Annex 29's classes Extend and Prepend does not follow from the general category.
-JOINS_LEFT = re.compile("[\u0e33\u0eb3\u200c\u200d\uff9e\uff9f\U0001f3fb-\U0001f3ff\U000e0020-\U000e007f]")
+JOINS_LEFT = re.compile("[\u0e33\u0eb3\u200c\u200d\uff9e\uff9f"
+                        "\U0001f3fb-\U0001f3ff\U000e0020-\U000e007f]")
 STANDS_ALONE = re.compile("[\u102b\u102c\u1038\u1062-\u1064\u1067-\u106d\u1083\u1087-\u108c\u108f"
                           "\u109a-\u109c\u1a61\u1a63\u1a64\uaa7b\uaa7d\U00011720\U00011721]")
-JOINS_RIGHT = re.compile("[\u0600-\u0605\u06dd\u070f\u0890\u0891\u08e2\u0d4e\U000110bd\U000110cd\U000111c2"
-                         "\U000111c3\U000113d1\U0001193f\U00011941\U00011a84-\U00011a89\U00011d46\U00011f02]")
+JOINS_RIGHT = re.compile("[\u0600-\u0605\u06dd\u070f\u0890\u0891\u08e2\u0d4e\U000110bd"
+                         "\U000110cd\U000111c2\U000111c3\U000113d1\U0001193f\U00011941"
+                         "\U00011a84-\U00011a89\U00011d46\U00011f02]")
 
 
 @lru_cache(maxsize=50_000)
@@ -63,8 +65,8 @@ def clusters(text: str) -> Iterator[str]:
 
     Note: only clusters below six bytes matter to `CharacterMap`, so the rules that make longer ones
     are left out: Hangul syllables, flags, Indic conjuncts, emoji sequences. (It shows only where a
-    later member of such a sequence is a character that the map replaces *and* has a two-byte accent,
-    as in: heart, zero-width joiner, ™, U+0301.)
+    later member of such a sequence is a character that the map replaces *and* has a two-byte
+    accent, as in: heart, zero-width joiner, ™, U+0301.)
     """
     start = 0
     for i in range(1, len(text)):
@@ -78,10 +80,11 @@ def clusters(text: str) -> Iterator[str]:
 
 
 class CharacterMap:
-    """SentencePiece's precompiled map of characters: "ﬁ" -> "fi", "①" -> "1", "\\t" -> " ", most controls -> nothing.
+    """SentencePiece's precompiled map of characters: "ﬁ" -> "fi", "①" -> "1", "\\t" -> " ", most
+    controls -> nothing.
 
-    The bytes are: u32 size of a trie, the trie, the replacements (UTF-8, each ended by NUL). The trie
-    is a double array (Aoe 1989, laid out as in darts-clone): node p's child by byte b is unit
+    The bytes are: u32 size of a trie, the trie, the replacements (UTF-8, each ended by NUL). The
+    trie is a double array (Aoe 1989, laid out as in darts-clone): node p's child by byte b is unit
     p ^ offset(p) ^ b, if that unit's label is b.
 
         unit, 32 bits:  [30..10] offset
@@ -128,5 +131,6 @@ class CharacterMap:
                 return None
             if unit & 256:
                 position = self.units[node] & 0x7FFFFFFF
-                return self.replacements[position:].split(b"\0", 1)[0].decode("utf-8", errors="replace")
+                replacement = self.replacements[position:].split(b"\0", 1)[0]
+                return replacement.decode("utf-8", errors="replace")
         return None

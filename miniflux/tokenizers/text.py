@@ -42,7 +42,8 @@ def pad_and_truncate(encode: Callable[[str], list[int]], texts: list[str], lengt
     Note: truncation cuts the tokens of the text; the end token always stays.
     """
     if not isinstance(texts, (list, tuple)):
-        raise ValueError(f"texts must be a list of strings, got {type(texts).__name__}: {texts!r:.60}")
+        kind = type(texts).__name__
+        raise ValueError(f"texts must be a list of strings, got {kind}: {texts!r:.60}")
     room = length - len(start) - 1
     if room < 0:
         raise ValueError(f"length must be at least {len(start) + 1}, to hold the special tokens, "

@@ -1,5 +1,7 @@
-"""T5's tokenizer: a unigram model over normalised text in which "▁" stands for a space (Kudo 2018,
-arXiv:1804.10959)."""
+"""T5's tokenizer: a unigram model over normalised text in which "▁" stands for a space.
+
+Source: Kudo 2018, arXiv:1804.10959.
+"""
 
 import math
 import re
@@ -35,9 +37,9 @@ class T5Tokenizer:
     With the official files: encode("a photo of 北京") == [3, 9, 1202, 13, 3, 2]
     """
 
-    def __init__(self, pieces: list[tuple[str, float]], charsmap: bytes = b"", max_length: int = 512,
-                 added: Iterable[AddedToken] | None = None, pad: str = "<pad>",
-                 prepend_always: bool = False):
+    def __init__(self, pieces: list[tuple[str, float]], charsmap: bytes = b"",
+                 max_length: int = 512, added: Iterable[AddedToken] | None = None,
+                 pad: str = "<pad>", prepend_always: bool = False):
         self.pieces = {piece: (number, score) for number, (piece, score) in enumerate(pieces)}
         missing = [token for token in ("<pad>", "</s>", "<unk>") if token not in self.pieces]
         if missing:
@@ -62,8 +64,8 @@ class T5Tokenizer:
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> "T5Tokenizer":
-        """Reads tokenizer.json or, where there is none, spiece.model; and the files of settings that
-        are there: tokenizer_config.json, special_tokens_map.json, added_tokens.json."""
+        """Reads tokenizer.json or, where there is none, spiece.model; and the files of settings
+        that are there: tokenizer_config.json, special_tokens_map.json, added_tokens.json."""
         return cls(**read_t5_files(Path(folder)))
 
     def __call__(self, texts: list[str], length: int | None = None) -> torch.Tensor:
@@ -74,8 +76,8 @@ class T5Tokenizer:
     def encode(self, text: str) -> list[int]:
         """The pieces of the text alone, without `</s>`.
 
-        Note: special tokens typed in the text are honoured, and only the very start of a text gets a
-        "▁" put in front (or every word, with `prepend_always`).
+        Note: special tokens typed in the text are honoured, and only the very start of a text gets
+        a "▁" put in front (or every word, with `prepend_always`).
         """
         check_text(text)
         ids, is_start = [], True

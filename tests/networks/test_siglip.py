@@ -75,7 +75,7 @@ def test_the_tower_of_a_whole_siglip_and_one_without_the_prefix_are_the_same(fol
 
 @pytest.mark.parametrize("values, message", [
     (dict(architectures=["CLIPModel"]), "describes a 'CLIPModel', expected a SiglipVisionModel"),
-    (dict(hidden_act="relu"), "hidden_act is 'relu', expected 'gelu_pytorch_tanh'"),
+    (dict(hidden_act="relu"), "hidden_act is 'relu', expected one of quick_gelu, gelu"),
     (dict(num_attention_heads=5), "24 channels cannot be shared by 5 heads"),
     (dict(patch_size=99), "patches of 99 do not fit into pictures of 26 pixels"),
     (dict(num_hidden_layers=4), "missing vision_model.encoder.layers.3"),
