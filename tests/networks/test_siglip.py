@@ -77,7 +77,7 @@ def test_the_tower_of_a_whole_siglip_and_one_without_the_prefix_are_the_same(fol
     (dict(architectures=["CLIPModel"]), "describes a 'CLIPModel', expected a SiglipVisionModel"),
     (dict(hidden_act="relu"), "hidden_act is 'relu', expected one of quick_gelu, gelu"),
     (dict(num_attention_heads=5), "24 channels cannot be shared by 5 heads"),
-    (dict(patch_size=99), "patches of 99 do not fit into pictures of 26 pixels"),
+    (dict(patch_size=99), "patches of 99 do not fit into images of 26 pixels"),
     (dict(num_hidden_layers=4), "missing vision_model.encoder.layers.3"),
 ])
 def test_a_config_that_does_not_fit_is_refused(folder, tmp_path, values, message):
@@ -116,7 +116,7 @@ def test_redux_from_either_layout_is_the_same(flux, folder, tmp_path, monkeypatc
 def test_siglip_is_found_in_the_local_cache(flux, folder, tmp_path, monkeypatch):
     file, tower = original(folder, tmp_path / "redux")
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
-    with pytest.raises(FileNotFoundError, match="reads pictures through SigLIP, which is neither in .*image_encoder nor in .*hub: give"):
+    with pytest.raises(FileNotFoundError, match="reads images through SigLIP, which is neither in .*image_encoder nor in .*hub: give"):
         add_redux(flux, file)
     shutil.copytree(tower, tmp_path / "hub" / "models--google--siglip-so400m-patch14-384" / "snapshots" / "a")
     assert add_redux(flux, file).siglip is not None

@@ -45,7 +45,7 @@ def test_the_labels_are_the_configs(tmp_path):
     (dict(id2label={"0": "a", "2": "b"}), "id2label is .*, expected a label for each number from 0"),
     (dict(id2label=None), "id2label is None"),
     (dict(qkv_bias=False), "qkv_bias is False, expected True"),
-    (dict(hidden_act="relu"), "hidden_act is 'relu', expected 'gelu'"),
+    (dict(hidden_act="relu"), "hidden_act is 'relu', expected one of quick_gelu, gelu"),
     (dict(patch_size=16), "position_embeddings has the shape"),
 ])
 def test_a_config_that_does_not_fit_is_refused(tmp_path, values, message):
