@@ -28,11 +28,12 @@ COMMANDS = {
     "plan": ("plan", "list the ways of running a model that fit in memory"),
     "native": ("networks.native", "show which compiled kernels are in use"),
     "bench": ("bench", "measure speed and memory, beside diffusers"),
+    "tiny words": ("tiny.world.words", "list the words of the small models' world"),
+    "tiny scenes": ("tiny.world.rendering", "draw scenes of it"),
     "tiny train": ("tiny.train", "train the small models"),
-    "tiny scenes": ("tiny.scenes", "draw scenes of the small models' world"),
-    "tiny evaluate": ("tiny.evaluate", "measure a small model on held-out combinations"),
-    "tiny evaluate_variant": ("tiny.evaluate_variant", "measure a variant of it"),
-    "tiny gallery": ("tiny.gallery", "paint the sheet of all small models"),
+    "tiny evaluate": ("tiny.measure.evaluate", "measure a small model on held-out combinations"),
+    "tiny evaluate_variant": ("tiny.measure.evaluate_variant", "measure a variant of it"),
+    "tiny gallery": ("tiny.measure.gallery", "paint the sheet of all small models"),
     "tiny export": ("tiny.export", "write a shipped model as a whole folder"),
 }
 

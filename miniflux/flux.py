@@ -42,6 +42,7 @@ class FluxConfig:
     max_text_tokens: int = 512       # T5 tokens a prompt is padded to
     schedule: Schedule = Schedule()
     few_steps: bool = False          # whether it was distilled to need four steps (schnell)
+    words: frozenset[str] | None = None  # all words that it was taught, where its folder lists them
 
 
 @dataclass(frozen=True)

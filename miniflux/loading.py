@@ -24,6 +24,7 @@ from .flux import SCHEDULES, Flux, FluxConfig, Schedule
 from .imaging.images import check_number, log
 from .networks.mmdit import MMDiT, timestep_embedding
 from .tokenizers import CLIPTokenizer, T5Tokenizer
+from .word_list import read_words
 
 
 def load(source: str | Path = "tiny", *, device: torch.device | str | None = None,
@@ -167,7 +168,7 @@ def read_config(flux: Flux, folder: Path, replaced: bool, own_schedule: bool) ->
     if vae.is_file():
         size = pick(FluxConfig, read_json(vae), {"size": "sample_size"}, vae).size
         config = replace(config, size=size)
-    return config
+    return replace(config, words=read_words(folder))
 
 
 def text_tokens(few_steps: bool, tokenizer: T5Tokenizer | None) -> int:

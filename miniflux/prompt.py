@@ -17,6 +17,7 @@ from torch import Tensor
 from .checkpoints.formats import read_safetensors
 from .checks import quote, to_number
 from .flux import Flux
+from .word_list import warn_of_unknown_words
 
 log = logging.getLogger("miniflux")
 
@@ -85,6 +86,7 @@ def encode_prompt(flux: Flux, prompt: PromptLike, max_text_tokens: int | None = 
                          "text_encoder_2/, tokenizer/ and tokenizer_2/ to its folder")
     for text in dict.fromkeys(texts):
         warn_of_cut(flux, text, length)
+        warn_of_unknown_words(flux, text)
     device = flux.t5.shared.weight.device
     # Note: padding is part of the text stream: T5 and the transformer attend to it.
     txt = flux.t5(flux.t5_tokenizer(texts, length).to(device))                  # (B, L, context_in_dim)

@@ -58,7 +58,7 @@ def cache_beside_diffusers(source: str, thresholds: tuple[float, ...] = (0.1, 0.
     """The first-block cache of both, in turn; the images are equal, and so are the full steps."""
     from diffusers import FirstBlockCacheConfig, FluxPipeline
 
-    from ..tiny.evaluate import held_out_scenes
+    from ..tiny.measure.evaluate import held_out_scenes
 
     flux = load(source, device="cpu")
     pipe = FluxPipeline.from_pretrained(find_source(source), torch_dtype=torch.float32)
@@ -113,8 +113,8 @@ def generate_in_turn(models: dict[str, tuple[Flux, int]], prompts: list[Prompt],
 def bench_caching(source: str) -> None:
     """Held-out prompts, one image at a time."""
     cache_beside_diffusers(source)
-    from ..tiny.evaluate import held_out_scenes, rates
-    from ..tiny.judge import judge
+    from ..tiny.measure.evaluate import held_out_scenes, rates
+    from ..tiny.measure.judge import judge
 
     flux = load(source, device="cpu")
     scenes = held_out_scenes(IMAGES, 0, ("object",))

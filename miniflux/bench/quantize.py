@@ -17,7 +17,7 @@ FEW, MANY = 1, 15                      # steps of two runs, whose difference is 
 
 def bench_quantize(source: str) -> None:
     """The model's step and images, and a product of FLUX.1's width for 1,024 tokens."""
-    from ..tiny.evaluate import evaluate, held_out_scenes
+    from ..tiny.measure.evaluate import evaluate, held_out_scenes
 
     flux = load(source, device="cpu")
     scenes = held_out_scenes(50, 0, ("object",))

@@ -21,6 +21,7 @@ from ..networks.mmdit import MMDiT, MMDiTConfig
 from ..networks.siglip import ReduxConfig, ReduxEmbedder, SigLIP, SigLIPConfig
 from ..networks.t5 import T5, T5Config
 from ..tokenizers.saving import write_clip_tokenizer, write_t5_tokenizer
+from ..word_list import WORD_LIST
 from .building import WithoutInitialisation
 from .configs import SCHEDULER_CLASS, SPACINGS
 from .formats import listing
@@ -64,6 +65,8 @@ def save(flux: Flux, folder: str | Path, dtype: torch.dtype | None = None) -> No
         write_t5_tokenizer(folder / "tokenizer_2", flux.t5_tokenizer)
     if flux.redux is not None and flux.siglip is not None:
         write_redux(folder, flux.siglip, flux.redux, dtype)
+    if flux.config.words is not None:
+        write_json(folder / WORD_LIST, {"words": sorted(flux.config.words)})
     present = {part: kind if (folder / part).is_dir() else (None, None)
                for part, kind in PARTS.items()}
     write_json(folder / "model_index.json", model_index(pipeline_of(flux), present))

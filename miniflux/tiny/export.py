@@ -1,5 +1,4 @@
-"""Trained networks -> the diffusers folder layout, with official class names and configs, in
-bfloat16.
+"""Trained networks -> the diffusers folder layout: official class names and configs, in bfloat16.
 
     python -m miniflux.tiny.export tiny-fill --output tiny-fill
 
@@ -56,8 +55,8 @@ def write_model(folder: Path, flux: Flux) -> None:
 
 @command
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser(prog="python -m miniflux.tiny.export", description="Write a shipped model as a "
-                    "whole folder in the diffusers layout.")
+    parser = Parser(prog="python -m miniflux.tiny.export",
+                    description="Write a shipped model as a whole folder in the diffusers layout.")
     parser.add_argument("model", choices=list(shipped_models()), help="a shipped name")
     parser.add_argument("--output", type=Path, required=True,
                         help="the folder to write, which must not exist yet (required)")
