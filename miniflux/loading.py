@@ -8,7 +8,7 @@ import torch
 from .adapters.redux import add_redux
 from .checkpoints import layouts
 from .checkpoints.building import pick
-from .checkpoints.configs import read_folder_schedule
+from .checkpoints.configs import read_folder_schedule, read_words
 from .checkpoints.finding import (
     VARIANT,
     find_part,
@@ -24,7 +24,6 @@ from .flux import SCHEDULES, Flux, FluxConfig, Schedule
 from .imaging.images import check_number, log
 from .networks.mmdit import MMDiT, timestep_embedding
 from .tokenizers import CLIPTokenizer, T5Tokenizer
-from .word_list import read_words
 
 
 def load(source: str | Path = "tiny", *, device: torch.device | str | None = None,

@@ -1,4 +1,4 @@
-"""The words that a small model was taught, where its folder lists them: `words.json`.
+"""Prompts for a small model that was taught few words, where its folder lists them (`words.json`).
 
 A word that it was not taught becomes a blob, so the log names it, with the nearest word that it was
 taught. A model without a list, such as the official ones, may be asked for anything.
@@ -7,12 +7,9 @@ taught. A model without a list, such as the official ones, may be asked for anyt
 import logging
 import re
 from difflib import get_close_matches
-from pathlib import Path
 
-from .checkpoints.formats import read_json
 from .flux import Flux
 
-WORD_LIST = "words.json"
 log = logging.getLogger("miniflux")
 _named: set[tuple[str, str]] = set()     # (model, word): each is named once
 
@@ -20,17 +17,6 @@ _named: set[tuple[str, str]] = set()     # (model, word): each is named once
 def words_of(text: str) -> list[str]:
     """words_of("Two T-Rexes, 3 owls") = ["two", "t-rexes", "owls"]."""
     return re.findall(r"[^\W\d_]+(?:-[^\W\d_]+)*", text.lower().replace("'s", ""))
-
-
-def read_words(folder: Path) -> frozenset[str] | None:
-    """The words in a model's folder, or None where it has no list."""
-    file = folder / WORD_LIST
-    if not file.is_file():
-        return None
-    words = read_json(file).get("words")
-    if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
-        raise ValueError(f"{file} holds no list of words: expected {{\"words\": [\"a\", ...]}}")
-    return frozenset(words)
 
 
 def unknown_words(words: frozenset[str], text: str) -> dict[str, str | None]:

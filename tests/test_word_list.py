@@ -5,7 +5,8 @@ import logging
 import pytest
 
 from miniflux import generate, load, word_list
-from miniflux.word_list import read_words, unknown_words, words_of
+from miniflux.checkpoints.configs import read_words
+from miniflux.word_list import unknown_words, words_of
 
 
 def test_words_are_read_in_any_case_and_numbers_are_none():

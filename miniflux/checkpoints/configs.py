@@ -271,3 +271,19 @@ def check_t5(values: dict, source: Path) -> None:
     if activation not in ("gelu_new", "gelu_pytorch_tanh"):
         raise ValueError(f"{source}: the activation is {activation!r:.60}, "
                          "expected 'gelu_new', that of feed_forward_proj 'gated-gelu'")
+
+
+# -------------------------------------------------------------------------------------- the words
+
+WORD_LIST = "words.json"                 # all words that a small model was taught
+
+
+def read_words(folder: Path) -> frozenset[str] | None:
+    """The words in a model's folder, or None where it has no list."""
+    file = folder / WORD_LIST
+    if not file.is_file():
+        return None
+    words = read_json(file).get("words")
+    if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+        raise ValueError(f"{file} holds no list of words: expected {{\"words\": [\"a\", ...]}}")
+    return frozenset(words)

@@ -21,9 +21,8 @@ from ..networks.mmdit import MMDiT, MMDiTConfig
 from ..networks.siglip import ReduxConfig, ReduxEmbedder, SigLIP, SigLIPConfig
 from ..networks.t5 import T5, T5Config
 from ..tokenizers.saving import write_clip_tokenizer, write_t5_tokenizer
-from ..word_list import WORD_LIST
 from .building import WithoutInitialisation
-from .configs import SCHEDULER_CLASS, SPACINGS
+from .configs import SCHEDULER_CLASS, SPACINGS, WORD_LIST
 from .formats import listing
 from .names import autoencoder_to_diffusers, mmdit_to_diffusers
 

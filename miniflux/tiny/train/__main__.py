@@ -32,6 +32,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ...checkpoints.configs import WORD_LIST
 from ...checkpoints.finding import find_source, whole_models
 from ...checkpoints.layouts import load_autoencoder
 from ...checkpoints.saving import write_json
@@ -42,7 +43,6 @@ from ...engine import distributed
 from ...loading import load
 from ...networks.autoencoder import Autoencoder
 from ...tokenizers import CLIPTokenizer, T5Tokenizer
-from ...word_list import WORD_LIST
 from .. import export
 from ..world import vocabulary
 from . import (

@@ -12,10 +12,11 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
+from ...checkpoints.configs import WORD_LIST
 from ...checkpoints.saving import write_json
 from ...tokenizers.bpe import byte_symbols
 from ...tokenizers.files import read_spiece_model
-from ...word_list import WORD_LIST, words_of
+from ...word_list import words_of
 from .edits import sample_edit
 from .scenes import sample_scene
 

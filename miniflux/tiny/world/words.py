@@ -7,9 +7,9 @@ import random
 import textwrap
 from collections.abc import Iterable
 
+from ...checkpoints.configs import read_words
 from ...checkpoints.finding import find_source
 from ...command import Parser, command, say
-from ...word_list import read_words
 
 ALL_OBJECTS = (                          # the order counts: held-out pairs are found by index
     "cat", "dog", "fox", "owl", "frog", "pig", "lion", "panda", "rabbit", "bear", "monkey", "wolf",
