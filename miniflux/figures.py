@@ -36,15 +36,18 @@ def show(images: Sequence, across: Sequence[str] = (), down: Sequence[str] = (),
          height: float | None = None) -> None:
     """Draws a grid.
 
-    images: one row, or a list of rows. across: a title for each column. down: a label for each row.
-    colours, limits: the map and its ends for images (H, W); each is scaled by itself by default.
-    height: of a row in inches; by default as wide as a column."""
+    images: one row, or a list of rows. across: a title for each column, or for each image in
+    reading order. down: a label for each row. colours, limits: the map and its ends for images (H,
+    W); each is scaled by itself by default. height: of a row in inches; by default as wide as a
+    column."""
     import matplotlib.pyplot as plt
 
     rows = [list(row) for row in images] if isinstance(images[0], (list, tuple)) else [list(images)]
     columns = max(map(len, rows))
     side = (WIDTH - (1.0 if down else 0.0)) / columns
-    tall = (side if height is None else height) * len(rows) + (0.35 if across else 0.0)
+    titled = len(rows) if len(across) > columns else 1                          # rows with titles
+    lines = max((title.count("\n") + 1 for title in across), default=0)
+    tall = (side if height is None else height) * len(rows) + 0.2 * (lines + bool(lines)) * titled
     plt.rcParams.update(STYLE)
     figure, grid = plt.subplots(len(rows), columns, squeeze=False, figsize=(WIDTH, tall),
                                 layout="constrained")
@@ -57,8 +60,8 @@ def show(images: Sequence, across: Sequence[str] = (), down: Sequence[str] = (),
             if c < len(rows[r]):
                 low, high = limits or (None, None)
                 ax.imshow(to_array(rows[r][c]), cmap=colours, vmin=low, vmax=high)
-            if r == 0 and c < len(across):
-                ax.set_title(across[c])
+            if r < titled and r * columns + c < len(across):
+                ax.set_title(across[r * columns + c])
             if c == 0 and r < len(down):
                 ax.set_ylabel(down[r], rotation=0, ha="right", va="center")
 

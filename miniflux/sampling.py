@@ -307,14 +307,15 @@ def is_terminal(stream) -> bool:
 
 
 def per_image(value: float | Tensor, x: Tensor) -> float | Tensor:
-    """A number as it is; one for each image (B,) as (B, 1, 1, 1), on the device of x."""
-    return value.to(x.device)[:, None, None, None] if isinstance(value, Tensor) else value
+    """A number as it is; one for each image (B,) as (B, 1, 1, 1), with as many axes as x."""
+    return value.to(x.device).view(-1, *(x.ndim - 1) * [1]) if isinstance(value, Tensor) else value
 
 
 def interpolate(z: Tensor, eps: Tensor, t: float | Tensor) -> Tensor:
     """x(t) = (1 - t) · z + t · eps, on the straight line from latents to noise.
 
-    z, eps: (B, 16, h, w). t: in [0, 1], a number or one for each image (B,)."""
+    z, eps: (B, 16, h, w), or any other shape that begins with B. t: in [0, 1], a number or one for
+    each image (B,)."""
     t = per_image(t, z)
     return (1 - t) * z + t * eps
 

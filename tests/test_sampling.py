@@ -153,6 +153,12 @@ def test_interpolation_runs_from_latents_to_noise_and_its_slope_is_the_velocity(
     assert torch.equal(x[1], interpolate(z, eps, 0.5)[1])
 
 
+def test_points_and_tokens_are_interpolated_as_latents_are():
+    z, eps, t = torch.randn(3, 2), torch.randn(3, 2), torch.tensor([0.0, 0.5, 1.0])
+    expected = torch.stack([z[0], (z[1] + eps[1]) / 2, eps[2]])
+    torch.testing.assert_close(interpolate(z, eps, t), expected)
+
+
 def test_training_times_are_logit_normal():
     """Half of them below 1/2, and 68% between sigmoid(-1) and sigmoid(1)."""
     t = logit_normal_times(20_000, torch.Generator().manual_seed(0))

@@ -22,7 +22,7 @@ from sybil.evaluators.python import PythonEvaluator
 from sybil.parsers.markdown import CodeBlockParser
 
 NUMBER = re.compile(r"[-+]?\d+(?:\.\d+)?(?:e[-+]?\d+)?")
-PROMISE = re.compile(r"^```text\n(.*?)\n```$", re.MULTILINE | re.DOTALL)
+PROMISE = re.compile(r"^```text\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 FIGURE = re.compile(r"(?<=^```\n)!\[[^\]]*\]\((images/[^)]+\.webp)\)$", re.MULTILINE)
 IN_PROSE = re.compile(r"(?<=<!-- = )(.*?) -->([-+−]?\d[\d,]*(?:\.\d+)?)", re.DOTALL)
 ALIKE = 0.015              # mean difference, of [0, 1], between two drawings of the same figure
@@ -175,7 +175,7 @@ def compare_number(example: Example) -> None:
 
 def texts(document: Document) -> Iterator[Region]:
     for match in PROMISE.finditer(document.text):
-        yield Region(match.start(), match.end(), match[1], compare_text)
+        yield Region(match.start(), match.end(), match[1].strip(), compare_text)
 
 
 def figures(document: Document) -> Iterator[Region]:

@@ -87,5 +87,5 @@ def test_every_exercise_has_wrong_answers_stars_and_minutes(name):
     module, answers = exercise(name), load_file(SOLUTIONS / f"{name}.py")
     assert set(answers.WRONG) == set(stubs(module))
     assert all(len(wrong) >= 2 for wrong in answers.WRONG.values())
-    headings = re.findall(r"^# -+ \d+\. ★+ .*, \d+ min(?:utes)?$", inspect.getsource(module), re.M)
+    headings = re.findall(r"^# -+ \d+\. ★+ .*, \d+ minutes$", inspect.getsource(module), re.M)
     assert len(headings) == len(stubs(module)) >= 3

@@ -1,5 +1,5 @@
-"""The runner of the chapters sees what rots: a chapter in which one thing was changed fails once, at
-its place; `--update` mends what was printed, drawn and computed, and nothing else."""
+"""The runner of the chapters sees what rots: a chapter in which one thing was changed fails once,
+at its place; `--update` mends what was printed, drawn and computed, and nothing else."""
 
 import os
 import runpy

@@ -19,7 +19,7 @@ def model():
     return load("tiny", device="cpu")
 
 
-# ------------------------------------------------------------------------- 1. ★ Shapes, 10 minutes
+# -------------------------------------------------------------------------- 1. ★ Shapes, 10 minutes
 
 
 def shapes(width: int, height: int, num_images: int) -> dict[str, tuple[int, ...]]:
@@ -99,7 +99,7 @@ def check_passes(**settings) -> None:
         f"generate with {settings} runs the transformer {len(passes)} times, you count {mine}")
 
 
-# ------------------------------------------------------------------ 3. ★★ From seed to seed, 20 min
+# -------------------------------------------------------------- 3. ★★ From seed to seed, 20 minutes
 
 
 def slerp(a: Tensor, b: Tensor, s: float) -> Tensor:
