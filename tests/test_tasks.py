@@ -293,6 +293,7 @@ def test_pictures_that_are_missing_or_do_not_match_get_one_sentence(models, pict
 
 def test_every_task_is_the_function_whatever_was_imported_before():
     import miniflux
-    for name in ("canny", "redux", *ALL):
-        importlib.import_module(f"miniflux.{name}")
-        assert callable(getattr(miniflux, name)) and getattr(miniflux, name).__module__ == f"miniflux.{name}"
+    for name, module in {"canny": "imaging.canny", "redux": "redux", **{name: name for name in ALL}}.items():
+        importlib.import_module(f"miniflux.{module}")
+        assert callable(getattr(miniflux, name))
+        assert getattr(miniflux, name).__module__ == f"miniflux.{module}"
