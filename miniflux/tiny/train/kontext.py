@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...adapters.lora_layers import insert_loras
 from ...flux import Flux
 from ...kontext_edit import kontext_edit
 from ...prompt import encode_prompt
@@ -29,7 +30,7 @@ from ..world.rendering import render
 from ..world.scenes import Scene
 from ..world.vocabulary import MAX_TOKENS
 from .data import BATCH, CHUNK, draw, encode_images, to_columns
-from .lora import SHOWN, add_factors, side_by_side, train_lora
+from .lora import RANK, SHOWN, side_by_side, train_lora
 from .precision import training_mode
 from .velocity import LATENT_SIZE, draw_guidance, noise_and_times, velocity, without_guidance
 
@@ -75,9 +76,11 @@ def run(folder: Path, base: Flux, student: Flux, count: int, *, steps: int | Non
     torch.manual_seed(0)
     columns, first = encode_edits(base, count, seed=40)
     mmdit, clip, t5 = student.mmdit, student.clip, student.t5
-    # Note: the names in the file are those of the parts in a LoRA file.
-    net = nn.ModuleDict(dict(mmdit.named_children()) | {"text_encoder": clip, "text_encoder_2": t5})
-    changes = add_factors(net)
+    encoders = {"text_encoder": clip, "text_encoder_2": t5}             # as LoRA files name them
+    loras = list(insert_loras(mmdit, RANK))
+    for part, encoder in encoders.items():
+        loras += [f"{part}.{name}" for name in insert_loras(encoder, RANK)]
+    net = nn.ModuleDict(dict(mmdit.named_children()) | encoders)
     device = mmdit.img_in.weight.device
     before_ids = image_ids(LATENT_SIZE, LATENT_SIZE, index=1, device=device)
 
@@ -98,5 +101,5 @@ def run(folder: Path, base: Flux, student: Flux, count: int, *, steps: int | Non
         painted = kontext_edit(student, instructions, before, steps=16, progress=False)
         return side_by_side(before, painted, instructions)
 
-    train_lora(folder, net, changes, loss, show, steps=steps, minutes=minutes, lr=LEARNING_RATE,
+    train_lora(folder, net, loras, loss, show, steps=steps, minutes=minutes, lr=LEARNING_RATE,
                seed=5)

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 MOMENTUM = 0.95
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)        # a, b, c of X <- a X + b (X Xᵀ) X + c (X Xᵀ)² X
-NOT_INNER = ("embed", "shared", "_bias", "img_in", "final_layer.linear", "parametrizations",
-             "conv_in", "decoder.conv_out")
+NOT_INNER = ("embed", "shared", "_bias", "img_in", "final_layer.linear", "conv_in",
+             "decoder.conv_out")
 
 
 def orthogonalise(matrices: Tensor, iterations: int = 5) -> Tensor:
@@ -65,7 +65,8 @@ class Muon(torch.optim.Optimizer):
 
 def is_inner_matrix(name: str, p: Tensor) -> bool:
     """Whether Muon takes it: no embedding, vector, low-rank factor, nor the first or last layer."""
-    return p.ndim in (2, 4) and not any(word in name for word in NOT_INNER)
+    is_factor = name.endswith((".A", ".B"))
+    return p.ndim in (2, 4) and not is_factor and not any(word in name for word in NOT_INNER)
 
 
 def make_optimizers(net: nn.Module, lr: float, weight_decay: float = 0.01) -> list:

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ...adapters.lora_layers import insert_loras
 from ...flux import SCHEDULES, Flux
 from ...generate import generate
 from ...prompt import encode_prompt
@@ -24,7 +25,7 @@ from ...sampling import euler
 from ..world.scenes import sample_scene
 from .base import PROMPTS
 from .data import BATCH, take, to_columns
-from .lora import add_factors, train_lora
+from .lora import RANK, train_lora
 from .precision import training_mode
 from .velocity import LATENT_SIZE, velocity
 
@@ -66,7 +67,7 @@ def run(folder: Path, teacher: Flux, student: Flux, count: int, *, steps: int | 
     config = replace(student.config, schedule=SCHEDULES["schnell"])     # its times are quarters
     student = replace(student, config=config)
     mmdit = student.mmdit
-    changes = add_factors(mmdit)
+    loras = insert_loras(mmdit, RANK)
     device = mmdit.img_in.weight.device
     times = torch.linspace(1, 0, STEPS + 1)
 
@@ -83,5 +84,5 @@ def run(folder: Path, teacher: Flux, student: Flux, count: int, *, steps: int | 
         images = generate(student, PROMPTS, steps=STEPS, guidance=GUIDANCE, progress=False)
         return images, PROMPTS
 
-    train_lora(folder, mmdit, changes, loss, show, steps=steps, minutes=minutes, lr=LEARNING_RATE,
+    train_lora(folder, mmdit, loras, loss, show, steps=steps, minutes=minutes, lr=LEARNING_RATE,
                seed=4)

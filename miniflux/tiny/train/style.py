@@ -15,14 +15,15 @@ import torch
 from PIL import Image, ImageFilter
 from torch import Tensor
 
-from ...checkpoints.names import count, mmdit_modules, mmdit_to_diffusers
+from ...adapters.lora_layers import insert_loras
+from ...adapters.lora_saving import save_lora
 from ...flux import Flux
 from ...generate import generate
 from ...sampling import flow_matching_loss
 from ..world.scenes import Scene
 from .base import PROMPTS
 from .data import BATCH, draw, encode_images, encode_scenes
-from .lora import LowRank, add_factors, factor, train_lora, write_factors
+from .lora import train_lora
 from .precision import training_mode
 from .velocity import draw_guidance, noise_and_times, velocity, without_guidance
 
@@ -51,7 +52,7 @@ def run(folder: Path, base: Flux, student: Flux, scenes: int, *, steps: int | No
     torch.manual_seed(0)
     (_, *columns), _ = encode_scenes(base, scenes, seed=60, extra=neon_latents)
     mmdit = student.mmdit
-    changes = add_factors(mmdit, RANK)
+    loras = insert_loras(mmdit, RANK)
     device = mmdit.img_in.weight.device
 
     def loss(generator: torch.Generator) -> Tensor:
@@ -65,21 +66,10 @@ def run(folder: Path, base: Flux, student: Flux, scenes: int, *, steps: int | No
     def show() -> tuple[list, list[str]]:
         return generate(student, PROMPTS, steps=16, progress=False), PROMPTS
 
-    train_lora(folder, mmdit, changes, loss, show, steps=steps, minutes=minutes, lr=LEARNING_RATE,
+    train_lora(folder, mmdit, loras, loss, show, steps=steps, minutes=minutes, lr=LEARNING_RATE,
                seed=7, file="pytorch_lora_weights.safetensors", write=write_lora)
 
 
-def write_lora(path: Path, changes: dict[str, LowRank], weights: dict[str, Tensor]) -> None:
-    """The learnt factors under the names of diffusers, in bfloat16: where one layer is three there,
-    each has the same A."""
-    down, up = ({f"{name}.weight": factor(weights, name, which) for name in changes}
-                for which in "AB")
-    blocks = count(set(up), "double_blocks"), count(set(up), "single_blocks")
-    originals = {part: original for original, parts in mmdit_modules(*blocks).items()
-                 for part in parts}
-    factors = {}
-    for name, B in mmdit_to_diffusers(up).items():
-        part = name.removesuffix(".weight")
-        factors[f"transformer.{part}.lora_A.weight"] = down[f"{originals[part]}.weight"].clone()
-        factors[f"transformer.{part}.lora_B.weight"] = B
-    write_factors(path, factors)
+def write_lora(path: Path, factors: dict[str, tuple[Tensor, Tensor]]) -> None:
+    """The learnt factors under the names of diffusers, in bfloat16."""
+    save_lora(path, factors, diffusers=True)

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...adapters.lora_layers import insert_loras
 from ...control import control
 from ...fill import fill, fill_channels
 from ...flux import Flux
@@ -26,7 +27,7 @@ from ..world.pairs import depth_map, edges, hole
 from ..world.rendering import render
 from ..world.scenes import Scene
 from .data import BATCH, draw, encode_images, encode_scenes, normalize
-from .lora import SHOWN, add_factors, side_by_side, train_lora
+from .lora import RANK, SHOWN, side_by_side, train_lora
 from .precision import training_mode
 from .velocity import draw_guidance, noise_and_times, velocity, without_guidance
 
@@ -69,7 +70,7 @@ def run(folder: Path, variant: str, base: Flux, student: Flux, scenes: int, *, s
     columns, first = encode_scenes(base, scenes, seed=20, extra=inputs)
     mmdit = student.mmdit
     widen(mmdit, columns[1].shape[-1])
-    changes = add_factors(mmdit)
+    loras = insert_loras(mmdit, RANK)
     device = mmdit.img_in.weight.device
 
     def loss(generator: torch.Generator) -> Tensor:
@@ -83,7 +84,7 @@ def run(folder: Path, variant: str, base: Flux, student: Flux, scenes: int, *, s
     def show() -> tuple[list, list[str]]:
         return sheet(variant, student, first[:SHOWN])
 
-    train_lora(folder, mmdit, changes, loss, show, steps=steps, minutes=minutes, lr=LEARNING_RATE,
+    train_lora(folder, mmdit, loras, loss, show, steps=steps, minutes=minutes, lr=LEARNING_RATE,
                seed=3)
 
 

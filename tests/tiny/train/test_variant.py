@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from miniflux import generate, kontext_edit, load
+from miniflux.adapters.lora_layers import insert_loras
 from miniflux.flux import SCHEDULES
 from miniflux.loading import without_guidance
 from miniflux.networks.mmdit import MMDiTInputs
@@ -96,7 +97,7 @@ def test_before_it_has_learnt_a_variant_equals_its_base_model(tiny):
     """B and the weights of further channels begin at zero: whatever they hold, nothing changes."""
     student = load("tiny", device="cpu").mmdit
     variant.widen(student, 64)
-    changes = lora.add_factors(student)
+    changes = insert_loras(student, 4)
     layers = [layer for layer in tiny.mmdit.modules() if isinstance(layer, torch.nn.Linear)]
     assert len(changes) == len(layers)
     x, txt, pooled, t = inputs()
