@@ -1,12 +1,12 @@
 """Bytes -> named tensors: a reader of safetensors files that maps the tensors from disk.
 
     8 bytes      N, little-endian
-    N bytes      JSON {name: {"dtype", "shape", "data_offsets": [begin, end]}, "__metadata__": {...}}
+    N bytes      JSON {name: {"dtype", "shape", "data_offsets": [begin, end]}, "__metadata__": {}}
     the rest     the tensors, one after the other without gaps; offsets count from here
 
-Mapping a file piece by piece lets the system take back each piece as soon as its tensors have been converted or joined
-with others: loading never holds a checkpoint twice. A header is not trusted: every number in it is checked against the
-file. Nothing is ever unpickled.
+Mapping a file piece by piece lets the system take back each piece as soon as its tensors have been
+converted or concatenated with others: loading never holds a checkpoint twice. A header is not
+trusted: every number in it is checked against the file. Nothing is ever unpickled.
 """
 
 import json
@@ -32,7 +32,8 @@ SPAN = 16 << 20            # bytes that one mapping covers at least
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U8": torch.uint8, "BOOL": torch.bool,
 }
 SAFETENSORS = (".safetensors", ".sft")      # the second is the name of the first official files
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
@@ -48,9 +49,10 @@ class Entry(NamedTuple):
 
 
 def read_header(path: Path) -> tuple[dict[str, Entry], int]:
-    """The checked header of a safetensors file, in the order of the data, and the position where the data begin."""
+    """The checked header of a safetensors file, in the order of the data, and where the data begin."""
     def bad(why: str) -> ValueError:
-        return ValueError(f"{path} is not a complete safetensors file: {why}; download or save it again")
+        return ValueError(f"{path} is not a complete safetensors file: {why}; "
+                          "download or save it again")
 
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: expected a safetensors file")
@@ -70,13 +72,16 @@ def read_header(path: Path) -> tuple[dict[str, Entry], int]:
         if not name.isprintable() or len(name) > 200:
             raise bad(f"a tensor has the name {name!r:.80}")
         # Note: the product without zeros, as an empty tensor too may be too large to have strides.
-        if len(shape) > 8 or math.prod(n or 1 for n in shape) > 2**48 or end - begin != math.prod(shape) * dtype.itemsize:
-            raise bad(f"tensor {name} has {end - begin:,} bytes, which is not {str(shape):.80} in {dtype}")
+        too_large = len(shape) > 8 or math.prod(n or 1 for n in shape) > 2**48
+        if too_large or end - begin != math.prod(shape) * dtype.itemsize:
+            raise bad(f"tensor {name} has {end - begin:,} bytes, "
+                      f"which is not {str(shape):.80} in {dtype}")
     entries = dict(sorted(entries.items(), key=lambda item: item[1][:2]))
     ends = [0, *(entry.end for entry in entries.values())]
     for (name, entry), expected in zip(entries.items(), ends):
         if entry.begin != expected:
-            raise bad(f"tensor {name} begins at byte {entry.begin:,}, the one before it ends at {expected:,}")
+            raise bad(f"tensor {name} begins at byte {entry.begin:,}, "
+                      f"the one before it ends at {expected:,}")
     if ends[-1] != size - 8 - length:
         raise bad(f"its tensors take {ends[-1]:,} bytes, it has {size - 8 - length:,}")
     return entries, 8 + length
@@ -93,7 +98,8 @@ def read_metadata(path: Path) -> dict[str, str]:
 def read_entry(entry: dict) -> Entry:
     begin, end = entry["data_offsets"]
     dtype, shape = entry["dtype"], entry["shape"]
-    if not isinstance(shape, list) or not all(type(n) is int and 0 <= n < 2**63 for n in (begin, end, *shape)):
+    numbers = [begin, end, *shape] if isinstance(shape, list) else [None]
+    if not all(type(n) is int and 0 <= n < 2**63 for n in numbers):
         raise ValueError(f"shape {str(shape):.40}, offsets {str(begin):.20}, {str(end):.20}")
     if dtype not in DTYPES:
         raise ValueError(f"unknown type {str(dtype):.20}")
@@ -106,23 +112,30 @@ def without_duplicates(pairs: list[tuple[str, object]]) -> dict:
     return result
 
 
-def read_safetensors(path: str | os.PathLike, apart: Callable[[str], bool] = lambda name: False) -> dict[str, Tensor]:
-    """All tensors of a file, in the order of the data, mapped from disk (a change in memory is not written back).
+def read_safetensors(path: str | os.PathLike,
+                     apart: Callable[[str], bool] = lambda name: False) -> dict[str, Tensor]:
+    """All tensors of a file, in the order of the data, mapped from disk (a change in memory is not
+    written back).
 
-    Those whose name is `apart` share no mapping with others, so that their memory goes back when the last of them is dropped.
-    Raises FileNotFoundError, or ValueError for a file that is truncated, corrupt or of another format."""
+    apart: whether the tensor of a name shares no mapping with the others, so that the memory of
+        those that do not is free when the last of them is dropped.
+
+    Raises FileNotFoundError, or ValueError for a file that is truncated, corrupt or of another
+    format."""
     path = Path(path)
     if path.suffix in PICKLES:
         raise unsafe(path)
     entries, start = read_header(path)
     size, tensors = path.stat().st_size, {}
-    # Note: a mapping keeps its file open, and a process may have as few as 256 open files: neighbours share a mapping.
+    # Note: a mapping keeps its file open, and a process may have as few as 256 open files:
+    # neighbours share a mapping.
     pieces = {True: (0, np.empty(0, np.uint8)), False: (0, np.empty(0, np.uint8))}
     for name, (begin, end, dtype, shape) in entries.items():
         kind = apart(name)
         if end > pieces[kind][0] + len(pieces[kind][1]):
             length = min(max(SPAN, size // 40, end - begin), size - start - begin)
-            pieces[kind] = begin, np.memmap(path, np.uint8, mode="c", offset=start + begin, shape=length)
+            piece = np.memmap(path, np.uint8, mode="c", offset=start + begin, shape=length)
+            pieces[kind] = begin, piece
         origin, piece = pieces[kind]
         tensors[name] = view(piece[begin - origin:end - origin], dtype, shape)
     return tensors
@@ -161,26 +174,31 @@ def cat(tensors: list[Tensor]) -> Tensor:
 
 
 def view(data: np.ndarray, dtype: torch.dtype, shape: list[int]) -> Tensor:
-    """Bytes as a tensor; without a copy, unless the header's length has put them at an odd address."""
+    """Bytes as a tensor; without a copy, unless they lie at an odd address (after a header of odd
+    length)."""
     if _meta.get() and len(shape) > 1 and dtype.is_floating_point:
         return torch.empty(shape, dtype=dtype, device="meta")
     if not len(data):
         return torch.empty(shape, dtype=dtype)
-    return torch.from_numpy(np.array(data) if data.ctypes.data % dtype.itemsize else data).view(dtype).view(shape)
+    if data.ctypes.data % dtype.itemsize:
+        data = np.array(data)
+    return torch.from_numpy(data).view(dtype).view(shape)
 
 
 def spill(groups: list[list[Tensor]]) -> list[Tensor]:
-    """The tensors of each group, one below the other, mapped from a file without a name in the folder for temporary files, which goes
-    when they go."""
+    """The rows of each group's tensors, mapped from a file without a name in the folder for
+    temporary files, which is deleted when they are."""
     if not groups:
         return []
     sizes = [sum(tensor.nbytes for tensor in group) for group in groups]
     folder, need = tempfile.gettempdir(), sum(sizes)
     if (free := shutil.disk_usage(folder).free) < need:
-        raise ValueError(f"{need / 1e9:.1f} GB of this model are not in a file as they are, and {folder} has {free / 1e9:.1f} GB free: "
-                         "set TMPDIR to a folder with more, or load a checkpoint in its own dtype, in the original layout")
+        raise ValueError(f"{need / 1e9:.1f} GB of this model are not in a file as they are, and "
+                         f"{folder} has {free / 1e9:.1f} GB free: set TMPDIR to a folder with "
+                         "more, or load a checkpoint in its own dtype, in the original layout")
     # Note: a matrix that is stored by columns stays so.
-    turned = [len(group) == 1 and group[0].ndim == 2 and group[0].stride(0) == 1 for group in groups]
+    turned = [len(group) == 1 and group[0].ndim == 2 and group[0].stride(0) == 1
+              for group in groups]
     with tempfile.TemporaryFile(dir=folder) as file:
         begins = []
         for group, by_columns in zip(groups, turned):
@@ -198,12 +216,14 @@ def spill(groups: list[list[Tensor]]) -> list[Tensor]:
 
 
 def unsafe(path: Path) -> ValueError:
-    return ValueError(f"{path} is a pickle, which can run any code when it is opened: convert it to safetensors")
+    return ValueError(f"{path} is a pickle, which can run any code when it is opened: "
+                      "convert it to safetensors")
 
 
-def read_sharded(folder: Path, stem: str, apart: Callable[[str], bool] = lambda name: False) -> dict[str, Tensor]:
-    """All tensors of a folder: of `stem.safetensors`, or of the shards that its index names; else of
-    the only variant of it, such as `stem.fp16.safetensors`."""
+def read_sharded(folder: Path, stem: str,
+                 apart: Callable[[str], bool] = lambda name: False) -> dict[str, Tensor]:
+    """All tensors of a folder: of `stem.safetensors`, or of the shards that its index names; else
+    of the only variant of it, such as `stem.fp16.safetensors`."""
     file = find_weights(folder, stem)
     if file.suffix != ".json":
         return read_safetensors(file, apart)
@@ -211,7 +231,8 @@ def read_sharded(folder: Path, stem: str, apart: Callable[[str], bool] = lambda 
     weight_map = read_weight_map(file)
     for shard in sorted(set(weight_map.values())):
         if not (folder / shard).is_file():
-            raise FileNotFoundError(f"{folder / shard} does not exist, though {file.name} names it: finish the download")
+            raise FileNotFoundError(f"{folder / shard} does not exist, though {file.name} names "
+                                    "it: finish the download")
         tensors |= read_safetensors(folder / shard, apart)
     if missing := sorted(set(weight_map) - set(tensors)):
         raise ValueError(f"the shards of {file} lack {listing(missing)}")
@@ -224,7 +245,8 @@ def find_weights(folder: Path, stem: str) -> Path:
              *(folder / f"{stem}{suffix}" for suffix in SAFETENSORS)]
     if found := [path for path in usual if path.exists()]:
         return found[0]
-    # Note: diffusers writes stem.safetensors.index.fp16.json, others stem.fp16.safetensors.index.json.
+    # Note: diffusers writes stem.safetensors.index.fp16.json, others
+    # stem.fp16.safetensors.index.json.
     variants = sorted(path for path in folder.glob(f"{stem}.*")
                       if re.search(r"\.index(\.\w+)?\.json$", path.name)
                       or path.suffix in SAFETENSORS and not re.search(r"-of-\d+\.", path.name))
@@ -241,14 +263,17 @@ def find_weights(folder: Path, stem: str) -> Path:
 def read_weight_map(index: Path) -> dict[str, str]:
     """{tensor: the shard that holds it}, from the index of a folder's shards."""
     weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+    shards = weight_map.values() if isinstance(weight_map, dict) else [None]
+    if not all(isinstance(shard, str) for shard in shards):
         raise ValueError(f"{index} has no weight_map from tensor names to files")
     for shard in weight_map.values():
         if Path(shard).name != shard or not shard.endswith(SAFETENSORS):
-            raise ValueError(f"{index} names the file {shard!r:.80}: expected a safetensors file within its own folder")
+            raise ValueError(f"{index} names the file {shard!r:.80}: "
+                             "expected a safetensors file within its own folder")
     return weight_map
 
 
 def listing(names: list[str]) -> str:
     """The first five names, and how many more there are."""
-    return ", ".join(repr(name)[1:-1][:100] for name in names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(repr(name)[1:-1][:100] for name in names[:5]) + more

@@ -1,8 +1,9 @@
-"""What the tensors are called: the original names (ours) beside those of the diffusers layout, as tables.
+"""The names of tensors: tables from the original names (ours) to those of the diffusers layout.
 
-A row says: this module of the original checkpoint is this module, or the row-wise concatenation of these modules, of the
-diffusers layout. Two facts do not fit in a row: the halves of the last modulation are swapped (shift, scale | scale,
-shift), and the autoencoder's 1x1 convolutions are linear layers there.
+A row means: this module of the original checkpoint is this module, or the row-wise concatenation of
+these modules, of the diffusers layout. Two facts do not fit in a row: the halves of the last
+modulation are swapped (shift, scale | scale, shift), and the autoencoder's 1x1 convolutions are
+linear layers there.
 """
 
 import re
@@ -50,7 +51,8 @@ SINGLE_BLOCK = {
 }
 SWAPPED_HALVES = "final_layer.adaLN_modulation.1"
 
-# What a ControlNet has besides, under other names than ours: XLabs' embedding, and the convolutions as diffusers calls them.
+# What else a ControlNet has under other names than ours: XLabs' embedding, and the convolutions as
+# diffusers calls them.
 CONTROLNET = {
     "pos_embed_input": "controlnet_x_embedder",
     "input_hint_block.conv_in": "input_hint_block.0",
@@ -71,20 +73,30 @@ AUTOENCODER = {
     "mid.attn_1.proj_out": ["mid_block.attentions.0.to_out.0"],
 }
 RESNET_BLOCK = {
-    "norm1": ["norm1"], "conv1": ["conv1"], "norm2": ["norm2"], "conv2": ["conv2"], "nin_shortcut": ["conv_shortcut"],
+    "norm1": ["norm1"], "conv1": ["conv1"], "norm2": ["norm2"], "conv2": ["conv2"],
+    "nin_shortcut": ["conv_shortcut"],
 }
 
 # T5's tensors in GGUF files. Note: the gate is wi_0, the branch with the GELU.
 T5_GGUF = {
-    "token_embd": "shared", "enc.output_norm": "encoder.final_layer_norm", "enc.blk": "encoder.block",
-    "attn_q": "layer.0.SelfAttention.q", "attn_k": "layer.0.SelfAttention.k", "attn_v": "layer.0.SelfAttention.v",
-    "attn_o": "layer.0.SelfAttention.o", "attn_rel_b": "layer.0.SelfAttention.relative_attention_bias",
-    "attn_norm": "layer.0.layer_norm", "ffn_norm": "layer.1.layer_norm", "ffn_gate": "layer.1.DenseReluDense.wi_0",
+    "token_embd": "shared",
+    "enc.output_norm": "encoder.final_layer_norm",
+    "enc.blk": "encoder.block",
+    "attn_q": "layer.0.SelfAttention.q",
+    "attn_k": "layer.0.SelfAttention.k",
+    "attn_v": "layer.0.SelfAttention.v",
+    "attn_o": "layer.0.SelfAttention.o",
+    "attn_rel_b": "layer.0.SelfAttention.relative_attention_bias",
+    "attn_norm": "layer.0.layer_norm",
+    "ffn_norm": "layer.1.layer_norm",
+    "ffn_gate": "layer.1.DenseReluDense.wi_0",
     "ffn_up": "layer.1.DenseReluDense.wi_1", "ffn_down": "layer.1.DenseReluDense.wo",
 }
 
 Table = dict[str, list[str]]
-JOINED = {part.split(".")[-1] for parts in (DOUBLE_BLOCK | SINGLE_BLOCK).values() if len(parts) > 1 for part in parts}
+# The last words of the diffusers modules that are parts of one of ours.
+JOINED = {part.split(".")[-1] for parts in (DOUBLE_BLOCK | SINGLE_BLOCK).values()
+          if len(parts) > 1 for part in parts}
 
 
 def prefixed(table: Table, original: str, diffusers: str) -> Table:
@@ -103,26 +115,33 @@ def mmdit_modules(depth: int, depth_single_blocks: int) -> Table:
 
 
 def autoencoder_modules(levels: int, blocks: int) -> Table:
-    """All modules of an autoencoder with so many levels and (in the encoder) residual blocks a level."""
+    """All modules of an autoencoder.
+
+    levels: how many. blocks: residual blocks in a level of the encoder."""
     table: Table = {}
     for half in ("encoder", "decoder"):
         for original, (diffusers,) in AUTOENCODER.items():
             part = RESNET_BLOCK if original.startswith("mid.block") else {"": [""]}
-            table |= {f"{half}.{original}.{k}".rstrip("."): [f"{half}.{diffusers}.{v}".rstrip(".")] for k, (v,) in part.items()}
+            for ours, (theirs,) in part.items():
+                name = f"{half}.{original}.{ours}".rstrip(".")
+                table[name] = [f"{half}.{diffusers}.{theirs}".rstrip(".")]
     for i in range(levels):
-        # Note: the decoder's levels are numbered from the picture in the original, from the latents in diffusers.
-        up = levels - 1 - i
+        down, down_blocks = f"encoder.down.{i}", f"encoder.down_blocks.{i}"
+        # Note: the decoder's levels are numbered from the image in the original, from the latents
+        # in diffusers.
+        up, up_blocks = f"decoder.up.{i}", f"decoder.up_blocks.{levels - 1 - i}"
         for j in range(blocks):
-            table |= prefixed(RESNET_BLOCK, f"encoder.down.{i}.block.{j}", f"encoder.down_blocks.{i}.resnets.{j}")
+            table |= prefixed(RESNET_BLOCK, f"{down}.block.{j}", f"{down_blocks}.resnets.{j}")
         for j in range(blocks + 1):
-            table |= prefixed(RESNET_BLOCK, f"decoder.up.{i}.block.{j}", f"decoder.up_blocks.{up}.resnets.{j}")
-        table[f"encoder.down.{i}.downsample.conv"] = [f"encoder.down_blocks.{i}.downsamplers.0.conv"]
-        table[f"decoder.up.{i}.upsample.conv"] = [f"decoder.up_blocks.{up}.upsamplers.0.conv"]
+            table |= prefixed(RESNET_BLOCK, f"{up}.block.{j}", f"{up_blocks}.resnets.{j}")
+        table[f"{down}.downsample.conv"] = [f"{down_blocks}.downsamplers.0.conv"]
+        table[f"{up}.upsample.conv"] = [f"{up_blocks}.upsamplers.0.conv"]
     return table
 
 
 def tensor_names(modules: Table, names: set[str]) -> Iterator[tuple[str, list[str]]]:
-    """Rows (original tensor, its diffusers tensors) of those modules whose diffusers tensors are among `names`."""
+    """Rows (original tensor, its diffusers tensors) of the modules that have a diffusers tensor
+    among `names`."""
     for original, parts in modules.items():
         for suffix in ("weight", "bias"):
             ours = "scale" if original.endswith(("query_norm", "key_norm")) else suffix
@@ -137,22 +156,27 @@ def swap_halves(x: Tensor | QuantizedTensor) -> Tensor:
 
 
 def count(names: set[str], prefix: str) -> int:
-    """How many blocks `prefix`.0, `prefix`.1, ... the names mention (at most as many as there are names)."""
+    """How many blocks `prefix`.0, `prefix`.1, ... are named, at most as many as there are names."""
     block = re.compile(re.escape(prefix) + r"\.([0-9]{1,6})\.")
     indices = {int(match[1]) for match in map(block.match, names) if match}
     return min(max(indices, default=-1) + 1, len(names))
 
 
 def from_diffusers(state: State, modules: Table) -> State:
-    """Renames and joins a diffusers state dict, taking tensors *out of it* as it goes so that no second copy stays alive.
-    Names that no row knows, and those that lack a sibling of their kind, are passed on unchanged for the strict loader
-    to report."""
+    """Renames and concatenates a diffusers state dict, taking tensors *out of it* as it goes so
+    that no second copy stays in memory.
+
+    Names that are in no row, and those that lack a sibling of their kind, are passed on
+    unchanged for the strict loader to report."""
     result, place = {}, {name: i for i, name in enumerate(state)}
     # Note: in the order of the file, so that what has been joined can leave memory piece by piece.
-    for original, sources in sorted(tensor_names(modules, set(state)), key=lambda row: place.get(row[1][0], -1)):
+    rows = sorted(tensor_names(modules, set(state)), key=lambda row: place.get(row[1][0], -1))
+    for original, sources in rows:
         parts = [state[source] for source in sources if source in state and state[source].ndim]
         # Note: torch joins float32 and bfloat16, but not one-byte types with others.
-        if len(parts) == len(sources) and len({(part.shape[1:], torch.is_tensor(part) and part.dtype.itemsize == 1) for part in parts}) == 1:
+        kinds = {(part.shape[1:], torch.is_tensor(part) and part.dtype.itemsize == 1)
+                 for part in parts}
+        if len(parts) == len(sources) and len(kinds) == 1:
             result[original] = concat([state.pop(source) for source in sources])
     return result | state
 
@@ -165,7 +189,9 @@ def is_joined(name: str) -> bool:
 def mmdit_from_diffusers(state: State) -> State:
     """`FluxTransformer2DModel` names -> original names (empties `state`)."""
     names = set(state)
-    state = from_diffusers(state, mmdit_modules(count(names, "transformer_blocks"), count(names, "single_transformer_blocks")))
+    modules = mmdit_modules(count(names, "transformer_blocks"),
+                            count(names, "single_transformer_blocks"))
+    state = from_diffusers(state, modules)
     return {k: swap_halves(v) if k.startswith(SWAPPED_HALVES) else v for k, v in state.items()}
 
 
@@ -173,19 +199,22 @@ def controlnet_from_any(state: State) -> State:
     """Names of diffusers' `FluxControlNetModel` or of XLabs' files -> ours (empties `state`)."""
     state = mmdit_from_diffusers(state)
     modules = {name: name.rpartition(".")[0] for name in state}
-    return {CONTROLNET.get(module, module) + name.removeprefix(module): state[name] for name, module in modules.items()}
+    return {CONTROLNET.get(module, module) + name.removeprefix(module): state[name]
+            for name, module in modules.items()}
 
 
 def mmdit_to_diffusers(state: State) -> State:
     """Original names -> `FluxTransformer2DModel` names."""
     names, result = set(state), {}
     hidden = state["img_in.weight"].shape[0]
-    for original, parts in mmdit_modules(count(names, "double_blocks"), count(names, "single_blocks")).items():
+    modules = mmdit_modules(count(names, "double_blocks"), count(names, "single_blocks"))
+    for original, parts in modules.items():
         for ours, theirs in (("weight", "weight"), ("bias", "bias"), ("scale", "weight")):
             if f"{original}.{ours}" in names:
                 tensor = state[f"{original}.{ours}"]
                 tensor = swap_halves(tensor) if original == SWAPPED_HALVES else tensor
-                pieces = tensor.tensor_split([hidden * i for i in range(1, len(parts))])  # q, k, v (hidden rows each), mlp
+                # q, k, v with `hidden` rows each, and what remains: the MLP.
+                pieces = tensor.tensor_split([hidden * i for i in range(1, len(parts))])
                 result |= {f"{part}.{theirs}": piece for part, piece in zip(parts, pieces)}
     return result
 
@@ -234,7 +263,8 @@ def t5_from_gguf(state: State) -> State:
     if "token_embd.weight" not in state:
         return state
     pattern = re.compile(r"(?:^|(?<=\.))(" + "|".join(map(re.escape, T5_GGUF)) + r")(?=\.)")
-    return {pattern.sub(lambda match: T5_GGUF[match[1]], name): tensor for name, tensor in state.items()}
+    return {pattern.sub(lambda match: T5_GGUF[match[1]], name): tensor
+            for name, tensor in state.items()}
 
 
 def autoencoder_levels(names: set[str]) -> tuple[int, int]:
@@ -249,7 +279,8 @@ def autoencoder_from_diffusers(state: State) -> State:
     """`AutoencoderKL` names -> original names (empties `state`)."""
     state = from_diffusers(state, autoencoder_modules(*autoencoder_levels(set(state))))
     # Note: what diffusers keeps as linear layers are 1x1 convolutions in the original.
-    return {k: v[:, :, None, None] if ".attn_1." in k and v.ndim == 2 else v for k, v in state.items()}
+    return {name: tensor[:, :, None, None] if ".attn_1." in name and tensor.ndim == 2 else tensor
+            for name, tensor in state.items()}
 
 
 def autoencoder_to_diffusers(state: State) -> State:
@@ -258,5 +289,6 @@ def autoencoder_to_diffusers(state: State) -> State:
     result = {}
     for name, tensor in state.items():
         module, _, suffix = name.rpartition(".")
-        result[f"{modules[module][0]}.{suffix}"] = tensor[:, :, 0, 0] if ".attn_1." in name and tensor.ndim == 4 else tensor
+        is_1x1 = ".attn_1." in name and tensor.ndim == 4
+        result[f"{modules[module][0]}.{suffix}"] = tensor[:, :, 0, 0] if is_1x1 else tensor
     return result
