@@ -49,7 +49,7 @@ class Entry(NamedTuple):
 
 
 def read_header(path: Path) -> tuple[dict[str, Entry], int]:
-    """The checked header of a safetensors file, in the order of the data, and where the data begin."""
+    """The checked header of a safetensors file, in the data's order, and where the data begin."""
     def bad(why: str) -> ValueError:
         return ValueError(f"{path} is not a complete safetensors file: {why}; "
                           "download or save it again")

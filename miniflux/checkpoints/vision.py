@@ -1,4 +1,4 @@
-"""Files -> the networks beside FLUX.1: the depth estimator, the safety filters, what makes previews.
+"""Files -> the networks beside FLUX.1: the depth estimator, the safety filters, the previews.
 
 The first two come as folders of transformers: a config.json and `model*.safetensors`.
 """
