@@ -39,6 +39,7 @@ CLIP = CLIPConfig(hidden_size=128, intermediate_size=512, num_hidden_layers=2,
 T5_SIZES = T5Config(d_model=128, d_kv=64, d_ff=256, num_layers=2, num_heads=2, vocab_size=512)
 LEARNING_RATE = 5e-3
 DROPOUT = 0.1                            # the share of captions that are dropped
+EPOCHS = 16                              # passes over the scenes before others take their place
 LENGTHS = 16, 20, 24, MAX_TOKENS         # to which the captions of a batch are padded
 PROMPTS = [sample_scene(random.Random(i), held_out=True).caption for i in range(24)]
 
@@ -162,6 +163,29 @@ def encode_base(flux: Flux, count: int, seed: int) -> tuple[Tensor, Captions]:
     return latents, Captions(captions, flux.clip_tokenizer, flux.t5_tokenizer)
 
 
+class RenewedScenes:
+    """Encoded scenes for a long run; after every `EPOCHS` passes over them come others.
+
+    `renew(step)` before each step; a run that goes on in the middle has the same scenes then."""
+
+    def __init__(self, flux: Flux, count: int, seed: int):
+        self.flux, self.count, self.seed = flux, count, seed
+        self.generation = -1
+
+    def renew(self, step: int) -> None:
+        generation = step * BATCH // (EPOCHS * self.count)
+        if generation != self.generation:
+            self.generation = generation
+            seed = self.seed + 1000 * generation
+            self.latents, self.captions = encode_base(self.flux, self.count, seed)
+
+    def draw(self, generator: torch.Generator, device: torch.device) -> tuple[Tensor, ...]:
+        """Latents (B, 16, 16, 16), and the ids of their captions for CLIP and T5 (B, L)."""
+        index, clip_ids, t5_ids = self.captions.draw(BATCH, generator)
+        z = self.latents[index].to(device).float()
+        return z, clip_ids.to(device), t5_ids.to(device)
+
+
 def bundle(model: JointModel, parts: Parts, name: str) -> Flux:
     """The model as `generate` takes it."""
     config = FluxConfig(name=name, size=IMAGE_SIZE, max_text_tokens=MAX_TOKENS)
@@ -180,14 +204,13 @@ def run(folder: Path, parts: Parts, device: torch.device, scenes: int, *, steps:
         model.load_state_dict(transfer_weights(start, parts.clip_tokenizer, parts.t5_tokenizer))
     if compiled:
         compile_blocks(model.mmdit)
-    latents, captions = encode_base(bundle(model, parts, folder.name), scenes, seed=10)
+    data = RenewedScenes(bundle(model, parts, folder.name), scenes, seed=10)
 
     def loss(generator: torch.Generator) -> Tensor:
-        index, clip_ids, t5_ids = captions.draw(BATCH, generator)
-        z = latents[index].to(device).float()
+        z, *ids = data.draw(generator, device)
         eps, t = noise_and_times(z, generator)
         with training_mode(device):
-            v = model.velocity(clip_ids.to(device), t5_ids.to(device), guidance=1.0)
+            v = model.velocity(*ids, guidance=1.0)
             return flow_matching_loss(v, z, eps, t)
 
     def on_save(step: int, ema: dict[str, Tensor]) -> dict:
@@ -198,4 +221,4 @@ def run(folder: Path, parts: Parts, device: torch.device, scenes: int, *, steps:
         return write_sheet(folder, step, images, PROMPTS)
 
     train(model, loss, folder, lr=LEARNING_RATE, batch=BATCH, steps=steps, minutes=minutes, seed=1,
-          on_save=on_save)
+          before_step=data.renew, on_save=on_save)

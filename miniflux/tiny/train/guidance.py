@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...generate import generate
 from ...sampling import classifier_free, distillation_loss
-from .base import PROMPTS, JointModel, Parts, bundle, compile_blocks, encode_base
+from .base import PROMPTS, JointModel, Parts, RenewedScenes, bundle, compile_blocks
 from .data import BATCH
 from .loop import train, write_sheet
 from .precision import training_mode
@@ -34,18 +34,17 @@ def run(folder: Path, parts: Parts, device: torch.device, scenes: int, teacher: 
             compile_blocks(model.mmdit)
     student.clip.requires_grad_(False)
     student.t5.requires_grad_(False)
-    latents, captions = encode_base(bundle(base, parts, folder.name), scenes, seed=11)
+    data = RenewedScenes(bundle(base, parts, folder.name), scenes, seed=11)
 
     def loss(generator: torch.Generator) -> Tensor:
-        index, clip_ids, t5_ids = captions.draw(BATCH, generator)
-        z = latents[index].to(device).float()
+        z, *ids = data.draw(generator, device)
         eps, t = noise_and_times(z, generator)
         w = draw_guidance(BATCH, generator, device)
-        empty = captions.empty(BATCH, clip_ids.shape[1])
+        empty = data.captions.empty(BATCH, ids[0].shape[1])
         with training_mode(device):
             with torch.no_grad():
-                text = base.encode(clip_ids.to(device), t5_ids.to(device))
-                no_text = base.encode(*(ids.to(device) for ids in empty))
+                text = base.encode(*ids)
+                no_text = base.encode(*(tokens.to(device) for tokens in empty))
             guided = classifier_free(velocity(base.mmdit, *text, 1.0),
                                      velocity(base.mmdit, *no_text, 1.0), w)
             return distillation_loss(velocity(student.mmdit, *text, w), guided, z, eps, t)
@@ -58,4 +57,4 @@ def run(folder: Path, parts: Parts, device: torch.device, scenes: int, teacher: 
         return write_sheet(folder, step, images, PROMPTS)
 
     train(student, loss, folder, lr=LEARNING_RATE, batch=BATCH, steps=steps, minutes=minutes,
-          seed=2, on_save=on_save)
+          seed=2, before_step=data.renew, on_save=on_save)

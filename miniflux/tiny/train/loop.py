@@ -160,6 +160,7 @@ class Meter:
 def train(net: nn.Module, loss_of: Callable[[torch.Generator], Tensor], folder: Path, *, lr: float,
           batch: int = 1, steps: int | None = None, minutes: float | None = None, seed: int = 0,
           ema_decay: float = 0.999, save_minutes: float = 10,
+          before_step: Callable[[int], None] | None = None,
           on_save: Callable[[int, dict[str, Tensor]], dict] | None = None) -> dict[str, Tensor]:
     """Minimise loss_of(generator) over the weights of `net`; returns their running average.
 
@@ -169,6 +170,7 @@ def train(net: nn.Module, loss_of: Callable[[torch.Generator], Tensor], folder: 
     steps, minutes: the length of the run, one of the two.
     seed: of the random numbers of all steps.
     save_minutes: minutes between two saved states.
+    before_step(step): called before each step with its number, from 0.
     on_save(step, averaged weights): entries for the log, such as a figure of merit.
 
     Raises KeyboardInterrupt after Ctrl-C, with the state saved, and ValueError where the loss is
@@ -206,6 +208,8 @@ def train(net: nn.Module, loss_of: Callable[[torch.Generator], Tensor], folder: 
                 for group in optimizer.param_groups:
                     group["lr"] = lr * learning_rate_factor(done / length, step)
                 optimizer.zero_grad(set_to_none=True)
+            if before_step:
+                before_step(step)
             number = (seed * 1_000_003 + step) * processes + rank
             loss = loss_of(torch.Generator().manual_seed(number))
             loss.backward()

@@ -152,6 +152,24 @@ def test_a_few_captions_are_dropped():
     assert 0.07 < float(empty.float().mean()) < 0.13
 
 
+def test_scenes_are_renewed_after_some_epochs(monkeypatch):
+    """8 scenes, 4 a step, one pass: others from step 2 on, again from step 4 on."""
+    monkeypatch.setattr(base, "BATCH", 4)
+    monkeypatch.setattr(base, "EPOCHS", 1)
+    flux, seeds = load("tiny", device="cpu"), []
+    real = base.encode_base
+    monkeypatch.setattr(base, "encode_base",
+                        lambda flux, count, seed: seeds.append(seed) or real(flux, count, seed))
+    data, latents = base.RenewedScenes(flux, 8, seed=10), []
+    for step in range(5):
+        data.renew(step)
+        latents.append(data.latents)
+    assert seeds == [10, 1010, 2010]
+    assert torch.equal(latents[0], latents[1]) and not torch.equal(latents[1], latents[2])
+    z, clip_ids, t5_ids = data.draw(torch.Generator().manual_seed(0), torch.device("cpu"))
+    assert z.shape == (4, 16, 16, 16) and len(clip_ids) == len(t5_ids) == 4
+
+
 def test_a_larger_vocabulary_keeps_the_vectors_of_shared_pieces(tmp_path):
     """What the known model makes of a caption of known words, the new one makes of it."""
     flux = load("tiny", device="cpu")
