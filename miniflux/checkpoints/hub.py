@@ -124,7 +124,7 @@ def find_file(path: Path, what: str, usual: Sequence[str] = ()) -> Path:
             return path / name
     files = sorted(file for file in path.iterdir() if file.suffix in SAFETENSORS)
     if not files:
-        raise ValueError(f"{path} has no safetensors file: expected a {what}'s")
+        raise ValueError(f"{path} has no safetensors file: expected the {what}'s")
     if len(files) > 1:
         raise ValueError(f"{path} has {len(files)} safetensors files: name the {what}'s, one of "
                          f"{listing([file.name for file in files])}")
@@ -207,7 +207,7 @@ def find_repo_network(repo: str, what: str) -> Path:
     if "config.json" not in top and len(weights) != 1 or what == "LoRA" and len(weights) != 1:
         everywhere = sorted(name for name in names if name.endswith(SAFETENSORS))
         if not everywhere:
-            raise ValueError(f"{repo} on the Hub has no safetensors file: expected a {what}'s")
+            raise ValueError(f"{repo} on the Hub has no safetensors file: expected the {what}'s")
         raise ValueError(f"{repo} on the Hub has {len(everywhere)} files: name the {what}'s, as in "
                          f"{repo}/{everywhere[0]}; there are {listing(everywhere)}")
     return download(repo, [*weights, *(name for name in top if name.endswith(".json"))])

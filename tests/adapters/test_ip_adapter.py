@@ -255,5 +255,5 @@ def test_a_missing_file_or_encoder_gets_one_sentence(plain, files, tmp_path, mon
     with pytest.raises(FileNotFoundError, match=sentence):
         add_ip_adapter(plain, tmp_path / "ip.safetensors", "nowhere")
     (tmp_path / "two").mkdir()
-    with pytest.raises(ValueError, match="has 0 safetensors files: name the IP-Adapter's"):
+    with pytest.raises(ValueError, match="has no safetensors file: expected the IP-Adapter's"):
         add_ip_adapter(plain, tmp_path / "two")

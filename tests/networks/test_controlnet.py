@@ -99,7 +99,7 @@ def test_a_damaged_file_gets_one_sentence(tmp_path, spoil, sentence):
 
 
 def test_a_folder_of_something_else_gets_one_sentence(tmp_path):
-    with pytest.raises(ValueError, match="has no safetensors file: expected a ControlNet"):
+    with pytest.raises(ValueError, match="has no safetensors file: expected the ControlNet's"):
         load_controlnet(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"_class_name": "FluxTransformer2DModel"}))
     with pytest.raises(ValueError, match="describes a 'FluxTransformer2DModel', expected a FluxControlNetModel"):

@@ -1,8 +1,9 @@
 """Each network equals its counterpart in diffusers or transformers with the same random weights.
 
 float32: max|ours - theirs| / max|theirs| <= 1e-5.
-bfloat16: two correct implementations round at different places, so neither is the measure of the other. Both are compared
-with the float32 result of the same bfloat16 weights and inputs: ours must not be farther from it than 1.5 times theirs.
+bfloat16: two correct implementations round at different places, so neither is the measure of the
+other. Both are compared with the float32 result of the same bfloat16 weights and inputs: ours must
+not be farther from it than 1.5 times theirs.
 """
 
 import copy
@@ -29,29 +30,50 @@ def load(network: nn.Module, state: dict[str, Tensor]) -> nn.Module:
 
 def our_mmdit(theirs) -> MMDiT:
     c = theirs.config
-    config = MMDiTConfig(in_channels=c.in_channels, out_channels=c.out_channels, vec_in_dim=c.pooled_projection_dim,
-                         context_in_dim=c.joint_attention_dim, hidden_size=c.num_attention_heads * c.attention_head_dim,
-                         num_heads=c.num_attention_heads, depth=c.num_layers, depth_single_blocks=c.num_single_layers,
-                         axes_dim=tuple(c.axes_dims_rope), guidance_embed=c.guidance_embeds)
+    config = MMDiTConfig(
+        in_channels=c.in_channels,
+        out_channels=c.out_channels,
+        vec_in_dim=c.pooled_projection_dim,
+        context_in_dim=c.joint_attention_dim,
+        hidden_size=c.num_attention_heads * c.attention_head_dim,
+        num_heads=c.num_attention_heads,
+        depth=c.num_layers,
+        depth_single_blocks=c.num_single_layers,
+        axes_dim=tuple(c.axes_dims_rope),
+        guidance_embed=c.guidance_embeds,
+    )
     return load(MMDiT(config), mmdit_from_diffusers(theirs.state_dict()))
 
 
 def our_autoencoder(theirs) -> Autoencoder:
     c = theirs.config
-    config = AutoencoderConfig(ch=c.block_out_channels[0], num_res_blocks=c.layers_per_block, num_groups=c.norm_num_groups,
-                               ch_mult=tuple(width // c.block_out_channels[0] for width in c.block_out_channels))
+    ch = c.block_out_channels[0]
+    config = AutoencoderConfig(
+        ch=ch,
+        ch_mult=tuple(width // ch for width in c.block_out_channels),
+        num_res_blocks=c.layers_per_block,
+        num_groups=c.norm_num_groups,
+    )
     return load(Autoencoder(config), autoencoder_from_diffusers(theirs.state_dict()))
 
 
 def our_clip(theirs) -> CLIPText:
-    return load(CLIPText(CLIPConfig(**{name: getattr(theirs.config, name) for name in CLIPConfig.__dataclass_fields__})),
-                clip_state(theirs))
+    fields = CLIPConfig.__dataclass_fields__
+    config = CLIPConfig(**{name: getattr(theirs.config, name) for name in fields})
+    return load(CLIPText(config), clip_state(theirs))
 
 
 def our_t5(theirs) -> T5:
     c = theirs.config
-    return load(T5(T5Config(d_model=c.d_model, d_kv=c.d_kv, d_ff=c.d_ff, num_layers=c.num_layers, num_heads=c.num_heads,
-                            vocab_size=c.vocab_size)), t5_state(theirs))
+    config = T5Config(
+        d_model=c.d_model,
+        d_kv=c.d_kv,
+        d_ff=c.d_ff,
+        num_layers=c.num_layers,
+        num_heads=c.num_heads,
+        vocab_size=c.vocab_size,
+    )
+    return load(T5(config), t5_state(theirs))
 
 
 def error(ours: Tensor, theirs: Tensor) -> float:
@@ -59,41 +81,71 @@ def error(ours: Tensor, theirs: Tensor) -> float:
     return ((ours - theirs).abs().max() / theirs.abs().max()).item()
 
 
-def distances_in_bfloat16(ours: nn.Module, theirs: nn.Module, call, *arguments) -> tuple[float, float]:
-    """Relative distances (root mean square) of our and of their bfloat16 result from their float32 result, for the same
-    bfloat16 weights and inputs; `call(model, *arguments)` runs either model."""
+def distances_in_bfloat16(
+    ours: nn.Module, theirs: nn.Module, call, *arguments
+) -> tuple[float, float]:
+    """How far our and their bfloat16 results are from their float32 result.
+
+    The distances are relative (root mean square); weights and inputs are the same bfloat16 values.
+    `call(model, *arguments)` runs either model."""
     def cast(x, dtype):
         return x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
 
     low = [cast(x, torch.bfloat16) for x in arguments]
-    ours, theirs = (copy.deepcopy(model).to(torch.bfloat16) for model in (ours, theirs))
-    a, b = call(ours, *low).float(), call(theirs, *low).float()
+    ours = copy.deepcopy(ours).to(torch.bfloat16)
+    theirs = copy.deepcopy(theirs).to(torch.bfloat16)
+    a = call(ours, *low).float()
+    b = call(theirs, *low).float()
     exact = call(theirs.float(), *(cast(x, torch.float32) for x in low))
-    return tuple(((x - exact).norm() / exact.norm()).item() for x in (a, b))
+
+    def distance(x):
+        return ((x - exact).norm() / exact.norm()).item()
+
+    return distance(a), distance(b)
 
 
-# ----------------------------------------------------------------------------------------------------------- transformer
+# -------------------------------------------------------------------------------------- transformer
 
 
 def velocity(model, img, txt, vec, t, guidance, img_ids, txt_ids) -> Tensor:
     if isinstance(model, MMDiT):
         return model(MMDiTInputs(img, txt, vec, t, guidance, img_ids, txt_ids))
-    return model(hidden_states=img, encoder_hidden_states=txt, pooled_projections=vec, timestep=t, guidance=guidance,
-                 img_ids=img_ids.float(), txt_ids=txt_ids.float(), return_dict=False)[0]
+    return model(
+        hidden_states=img,
+        encoder_hidden_states=txt,
+        pooled_projections=vec,
+        timestep=t,
+        guidance=guidance,
+        img_ids=img_ids.float(),
+        txt_ids=txt_ids.float(),
+        return_dict=False,
+    )[0]
 
 
-def mmdit_inputs(theirs, batch: int, rows: int, columns: int, text: int, reference: int = 0) -> tuple:
-    """Random tokens for a picture of rows x columns patches and, after them, a `reference` of so many columns."""
-    generator = torch.Generator().manual_seed(rows * columns + text)
-    grids = [(0, columns)] + [(1, reference)] * (reference > 0)
-    ids = torch.cat([torch.cartesian_prod(torch.tensor([i]), torch.arange(rows), torch.arange(width)) for i, width in grids])
+def mmdit_inputs(
+    theirs, batch: int, rows: int, columns: int, text: int, reference: int = 0
+) -> tuple:
+    """Random tokens for an image of rows x columns patches.
+
+    reference: the columns of a second image that follows it; 0 for none."""
+    ids = patch_ids(0, rows, columns)
+    if reference:
+        ids = torch.cat([ids, patch_ids(1, rows, reference)])
     c = theirs.config
-    widths = (len(ids), c.in_channels), (text, c.joint_attention_dim), (c.pooled_projection_dim,)
-    img, txt, vec = (torch.randn(batch, *shape, generator=generator) for shape in widths)
-    # Times and guidance that bfloat16 holds exactly, also times 1000: the libraries round them differently.
+    generator = torch.Generator().manual_seed(rows * columns + text)
+    img = torch.randn(batch, len(ids), c.in_channels, generator=generator)
+    txt = torch.randn(batch, text, c.joint_attention_dim, generator=generator)
+    vec = torch.randn(batch, c.pooled_projection_dim, generator=generator)
+    # Note: bfloat16 represents these times and this guidance exactly, even times 1000; the
+    # libraries would round others differently.
     t = torch.tensor([0.5, 0.25, 1.0])[:batch]
     guidance = torch.full((batch,), 4.0) if c.guidance_embeds else None
     return img, txt, vec, t, guidance, ids, torch.zeros(text, 3, dtype=torch.int64)
+
+
+def patch_ids(image: int, rows: int, columns: int) -> Tensor:
+    """(image, row, column) of each patch, (rows · columns, 3)."""
+    return torch.cartesian_prod(torch.tensor([image]), torch.arange(rows), torch.arange(columns))
 
 
 TRANSFORMERS = [(True, 64), (False, 64), (True, 128), (True, 384)]
@@ -101,9 +153,17 @@ NAMES = ["dev", "schnell", "control", "fill"]
 
 
 @pytest.mark.parametrize("guidance, in_channels", TRANSFORMERS, ids=NAMES)
-@pytest.mark.parametrize("batch, rows, columns, text, reference",
-                         [(1, 4, 4, 16, 0), (2, 5, 3, 7, 0), (1, 1, 9, 1, 0), (3, 3, 8, 77, 0), (2, 4, 6, 5, 3), (1, 2, 64, 4, 0)])
-def test_the_velocity_is_that_of_diffusers(guidance, in_channels, batch, rows, columns, text, reference):
+@pytest.mark.parametrize("batch, rows, columns, text, reference", [
+    (1, 4, 4, 16, 0),
+    (2, 5, 3, 7, 0),
+    (1, 1, 9, 1, 0),
+    (3, 3, 8, 77, 0),
+    (2, 4, 6, 5, 3),
+    (1, 2, 64, 4, 0),
+])
+def test_the_velocity_is_that_of_diffusers(
+    guidance, in_channels, batch, rows, columns, text, reference
+):
     theirs = transformer(guidance, in_channels)
     inputs = mmdit_inputs(theirs, batch, rows, columns, text, reference)
     # Measured: 2e-7 to 6e-7.
@@ -113,21 +173,27 @@ def test_the_velocity_is_that_of_diffusers(guidance, in_channels, batch, rows, c
 @pytest.mark.parametrize("guidance, in_channels", TRANSFORMERS, ids=NAMES)
 def test_the_velocity_in_bfloat16_is_as_exact_as_that_of_diffusers(guidance, in_channels):
     theirs = transformer(guidance, in_channels)
-    ours, reference = distances_in_bfloat16(our_mmdit(theirs), theirs, velocity, *mmdit_inputs(theirs, 3, 5, 8, 40))
+    inputs = mmdit_inputs(theirs, 3, 5, 8, 40)
+    ours, reference = distances_in_bfloat16(our_mmdit(theirs), theirs, velocity, *inputs)
     # Measured: 0.6% to 0.9% for either, ours 0.90 to 1.00 times theirs.
     assert ours <= 1.5 * reference, (ours, reference)
 
 
 def test_the_rotations_are_those_of_diffusers_at_the_official_sizes():
-    """They compute the angles in float64, we (like the original) in float32: 3e-6 below position 64, 1.3e-5 below 256."""
+    """They compute the angles in float64, we (like the original) in float32.
+
+    Measured: 3e-6 below position 64, 1.3e-5 below 256."""
     for positions, bound in ((64, 4e-6), (256, 2e-5)):
-        row, column = torch.meshgrid(torch.arange(0, positions, 7), torch.arange(positions), indexing="ij")
+        rows = torch.arange(0, positions, 7)
+        row, column = torch.meshgrid(rows, torch.arange(positions), indexing="ij")
         ids = torch.stack([row % 2, row, column], dim=-1).flatten(0, 1)
         pe = rope_table(ids, (16, 56, 56), 10000.0)
         cos, sin = FluxPosEmbed(theta=10000, axes_dim=[16, 56, 56])(ids)
-        assert (pe[..., 0, 0] - cos[:, ::2]).abs().max() < bound and (pe[..., 1, 0] - sin[:, ::2]).abs().max() < bound
+        assert (pe[..., 0, 0] - cos[:, ::2]).abs().max() < bound
+        assert (pe[..., 1, 0] - sin[:, ::2]).abs().max() < bound
     x = torch.randn(1, 2, len(ids), 128)
-    torch.testing.assert_close(apply_rope(x, pe), apply_rotary_emb(x, (cos, sin)), rtol=0, atol=2e-4)
+    expected = apply_rotary_emb(x, (cos, sin))
+    torch.testing.assert_close(apply_rope(x, pe), expected, rtol=0, atol=2e-4)
 
 
 @pytest.mark.parametrize("layers", [(1, 0), (0, 1)], ids=["double block", "single block"])
@@ -137,45 +203,49 @@ def test_one_block_alone_is_that_of_diffusers(layers):
     assert error(velocity(our_mmdit(theirs), *inputs), velocity(theirs, *inputs)) < 1e-5
 
 
-# ----------------------------------------------------------------------------------------------------------- autoencoder
+# -------------------------------------------------------------------------------------- autoencoder
 
 
-def encode(model, picture: Tensor) -> Tensor:
+def encode(model, images: Tensor) -> Tensor:
     if isinstance(model, Autoencoder):
-        return model.encode(picture)
-    return (model.encode(picture).latent_dist.mean - model.config.shift_factor) * model.config.scaling_factor
+        return model.encode(images)
+    mean = model.encode(images).latent_dist.mean
+    return (mean - model.config.shift_factor) * model.config.scaling_factor
 
 
 def decode(model, z: Tensor) -> Tensor:
     if isinstance(model, Autoencoder):
         return model.decode(z)
-    return model.decode(z / model.config.scaling_factor + model.config.shift_factor, return_dict=False)[0]
+    z = z / model.config.scaling_factor + model.config.shift_factor
+    return model.decode(z, return_dict=False)[0]
 
 
 @pytest.mark.parametrize("widths, groups, blocks", [((8, 16, 24, 24), 4, 1), ((16, 32, 64), 8, 2)])
 @pytest.mark.parametrize("batch, h, w", [(1, 4, 4), (2, 3, 7), (1, 1, 6)])
-def test_latents_and_pictures_are_those_of_diffusers(widths, groups, blocks, batch, h, w):
+def test_latents_and_images_are_those_of_diffusers(widths, groups, blocks, batch, h, w):
     theirs = vae(widths, groups, blocks)
     ours = our_autoencoder(theirs)
-    generator, factor = torch.Generator().manual_seed(h), 2 ** (len(widths) - 1)
-    picture = torch.rand(batch, 3, factor * h, factor * w, generator=generator) * 2 - 1
+    factor = 2 ** (len(widths) - 1)
+    generator = torch.Generator().manual_seed(h)
+    images = torch.rand(batch, 3, factor * h, factor * w, generator=generator) * 2 - 1
     z = torch.randn(batch, 16, h, w, generator=generator)
     # Measured: encoding 6e-7 to 8e-7, decoding 7e-7 to 1.2e-6.
-    assert error(encode(ours, picture), encode(theirs, picture)) < 1e-5
+    assert error(encode(ours, images), encode(theirs, images)) < 1e-5
     assert error(decode(ours, z), decode(theirs, z)) < 1e-5
 
 
 def test_the_autoencoder_in_bfloat16_is_as_exact_as_that_of_diffusers():
     theirs = vae()
     generator = torch.Generator().manual_seed(0)
-    picture, z = torch.rand(2, 3, 32, 48, generator=generator) * 2 - 1, torch.randn(2, 16, 4, 6, generator=generator)
-    for call, x in ((encode, picture), (decode, z)):
+    images = torch.rand(2, 3, 32, 48, generator=generator) * 2 - 1
+    z = torch.randn(2, 16, 4, 6, generator=generator)
+    for call, x in ((encode, images), (decode, z)):
         # Measured: 0.9% to 1.1% for either, ours 0.94 to 1.03 times theirs.
         ours, reference = distances_in_bfloat16(our_autoencoder(theirs), theirs, call, x)
         assert ours <= 1.5 * reference, (call.__name__, ours, reference)
 
 
-# --------------------------------------------------------------------------------------------------------- text encoders
+# ------------------------------------------------------------------------------------ text encoders
 
 
 def pool(model, ids: Tensor) -> Tensor:
@@ -183,7 +253,7 @@ def pool(model, ids: Tensor) -> Tensor:
 
 
 def clip_ids(vocab_size: int, length: int, texts: tuple[int, ...]) -> Tensor:
-    """Framed random prompts of so many tokens, padded with the end token."""
+    """Random prompts of so many tokens between start and end, padded with the end token."""
     generator = torch.Generator().manual_seed(length)
     ids = torch.full((len(texts), length), vocab_size - 1)
     ids[:, 0] = vocab_size - 2
@@ -202,7 +272,8 @@ def test_the_pooled_vector_is_that_of_transformers(length, texts):
 
 def test_the_pooled_vector_in_bfloat16_is_as_exact_as_that_of_transformers():
     theirs = clip()
-    ours, reference = distances_in_bfloat16(our_clip(theirs), theirs, pool, clip_ids(600, 77, (75, 0, 9, 30)))
+    ids = clip_ids(600, 77, (75, 0, 9, 30))
+    ours, reference = distances_in_bfloat16(our_clip(theirs), theirs, pool, ids)
     # Measured: 0.5% to 0.7% for either, the same numbers.
     assert ours <= 1.5 * reference, (ours, reference)
 
@@ -212,7 +283,7 @@ def tokens(model, ids: Tensor) -> Tensor:
 
 
 def t5_ids(batch: int, length: int, text: int) -> Tensor:
-    """Random pieces, the end token, zeros: no mask goes with them."""
+    """Random pieces, the end token, zeros; there is no mask."""
     ids = torch.randint(3, 300, (batch, length), generator=torch.Generator().manual_seed(length))
     ids[:, text:] = 0
     ids[:, text - 1] = 1
@@ -229,6 +300,7 @@ def test_the_text_tokens_are_those_of_transformers(batch, length, text):
 
 def test_the_text_tokens_in_bfloat16_are_as_exact_as_those_of_transformers():
     theirs = t5()
-    ours, reference = distances_in_bfloat16(our_t5(theirs), theirs, tokens, t5_ids(2, 256, 60))
+    ids = t5_ids(2, 256, 60)
+    ours, reference = distances_in_bfloat16(our_t5(theirs), theirs, tokens, ids)
     # Measured: 0.7% to 0.9% for either, ours 0.98 to 0.99 times theirs.
     assert ours <= 1.5 * reference, (ours, reference)
