@@ -1,4 +1,6 @@
-"""CLIP's text tower against oracles by hand: the official count, and each fact about pooling as a property."""
+"""CLIP's text tower.
+
+Oracles by hand: the official number of parameters, and each fact about pooling as a property."""
 
 import math
 
@@ -7,7 +9,13 @@ import torch
 
 from miniflux.networks.clip import CLIPConfig, CLIPLayer, CLIPText, quick_gelu
 
-SMALL = CLIPConfig(hidden_size=16, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4, vocab_size=50)
+SMALL = CLIPConfig(
+    hidden_size=16,
+    intermediate_size=40,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    vocab_size=50,
+)
 START, END = 48, 49
 
 
@@ -28,11 +36,17 @@ def test_the_official_sizes_have_the_official_number_of_parameters():
 
 
 def test_the_tensors_are_named_as_in_the_official_file(clip):
-    linears = ("layer_norm1", "layer_norm2", "mlp.fc1", "mlp.fc2", *(f"self_attn.{x}_proj" for x in ("q", "k", "v", "out")))
-    expected = {"text_model.embeddings.token_embedding.weight", "text_model.embeddings.position_embedding.weight"}
+    linears = ["layer_norm1", "layer_norm2", "mlp.fc1", "mlp.fc2"]
+    linears += [f"self_attn.{x}_proj" for x in ("q", "k", "v", "out")]
+    expected = {
+        "text_model.embeddings.token_embedding.weight",
+        "text_model.embeddings.position_embedding.weight",
+    }
     for kind in ("weight", "bias"):
-        expected |= {f"text_model.encoder.layers.{i}.{name}.{kind}" for i in range(2) for name in linears}
         expected.add(f"text_model.final_layer_norm.{kind}")
+        for i in range(2):
+            layer = f"text_model.encoder.layers.{i}"
+            expected |= {f"{layer}.{name}.{kind}" for name in linears}
     assert set(clip.state_dict()) == expected
 
 
@@ -47,19 +61,24 @@ def test_a_layer_normalises_before_attention_and_before_the_mlp():
     layer.self_attn.out_proj.weight.zero_()
     layer.self_attn.out_proj.bias.zero_()
     x = torch.randn(1, 5, 16)
-    normed = torch.nn.functional.layer_norm(x, (16,), layer.layer_norm2.weight, layer.layer_norm2.bias, 1e-5)
+    norm = layer.layer_norm2
+    normed = torch.nn.functional.layer_norm(x, (16,), norm.weight, norm.bias, 1e-5)
     expected = x + layer.mlp.fc2(quick_gelu(layer.mlp.fc1(normed)))
     torch.testing.assert_close(layer(x, is_causal=True), expected)
 
 
 def test_attention_is_causal(clip):
     a, b = clip.text_model(ids(3, 4, 5)), clip.text_model(ids(3, 4, 6))
-    assert torch.equal(a[:, :3], b[:, :3]) and not torch.allclose(a[:, 3:], b[:, 3:])
+    assert torch.equal(a[:, :3], b[:, :3])
+    assert not torch.allclose(a[:, 3:], b[:, 3:])
 
 
 def test_attention_scores_are_divided_by_the_root_of_the_head_width(clip):
-    attention, x = clip.text_model.encoder.layers[0].self_attn, torch.randn(1, 6, 16)
-    q, k, v = (f(x).view(6, 4, 4).transpose(0, 1) for f in (attention.q_proj, attention.k_proj, attention.v_proj))
+    attention = clip.text_model.encoder.layers[0].self_attn
+    x = torch.randn(1, 6, 16)
+    q = attention.q_proj(x).view(6, 4, 4).transpose(0, 1)   # (H, L, D)
+    k = attention.k_proj(x).view(6, 4, 4).transpose(0, 1)
+    v = attention.v_proj(x).view(6, 4, 4).transpose(0, 1)
     scores = q @ k.mT / 2 + torch.full((6, 6), -torch.inf).triu(1)
     out = attention.out_proj((scores.softmax(-1) @ v).transpose(0, 1).reshape(1, 6, 16))
     torch.testing.assert_close(attention(x, is_causal=True), out)

@@ -1,4 +1,6 @@
-"""SigLIP and Redux's embedder. Oracles: by hand; transformers and diffusers with the same random weights; official sizes."""
+"""SigLIP and Redux's embedder.
+
+Oracles: by hand; transformers and diffusers with the same random weights; official sizes."""
 
 import json
 import shutil
@@ -26,30 +28,35 @@ def error(ours, theirs) -> float:
 
 
 def test_the_official_sizes_have_the_official_number_of_parameters():
-    """428,225,600 with the attention-pooling head: probe, attention of 4·d² + 4·d, norm, and an MLP."""
+    """428,225,600 with the attention-pooling head: probe, attention, norm and MLP."""
     with torch.device("meta"):
         tower, embedder = SigLIP(), ReduxEmbedder()
     d, inner = 1152, 4304
     head = d + 4 * d * d + 4 * d + 2 * d + 2 * d * inner + inner + d
     assert sum(p.numel() for p in tower.parameters()) == 428_225_600 - head
     assert sum(p.numel() for p in embedder.parameters()) == 64_503_808
-    assert tower.vision_model.embeddings.position_embedding.weight.shape == (729, 1152) and SigLIPConfig().num_patches == 27 * 27
+    positions = tower.vision_model.embeddings.position_embedding.weight
+    assert positions.shape == (729, 1152)
+    assert SigLIPConfig().num_patches == 27 * 27
 
 
 @pytest.mark.parametrize("batch", [1, 3])
 def test_the_tokens_are_those_of_transformers(folder, batch):
     theirs, ours = siglip(), load_siglip(folder / "image_encoder")
-    pictures = torch.randn(batch, 3, 26, 26, generator=torch.Generator().manual_seed(0))
+    images = torch.randn(batch, 3, 26, 26, generator=torch.Generator().manual_seed(0))
     # Measured: 3e-7. The head of the file is not read.
-    assert error(ours(pictures), theirs(pictures).last_hidden_state) < 1e-5
-    assert any(".head." in name for name in load_file(folder / "image_encoder" / "model.safetensors"))
+    assert error(ours(images), theirs(images).last_hidden_state) < 1e-5
+    state = load_file(folder / "image_encoder" / "model.safetensors")
+    assert any(".head." in name for name in state)
 
 
 def test_the_rows_that_are_left_over_do_not_count(folder):
-    tower, pictures = load_siglip(folder / "image_encoder"), torch.randn(1, 3, 26, 26)
-    changed = pictures.clone()
-    changed[..., 24:, :] = changed[..., :, 24:] = 9.0
-    assert torch.equal(tower(pictures), tower(changed))
+    tower = load_siglip(folder / "image_encoder")
+    images = torch.randn(1, 3, 26, 26)
+    changed = images.clone()
+    changed[..., 24:, :] = 9.0
+    changed[..., :, 24:] = 9.0
+    assert torch.equal(tower(images), tower(changed))
 
 
 def test_the_activation_is_the_tanh_gelu():
@@ -58,19 +65,31 @@ def test_the_activation_is_the_tanh_gelu():
 
 
 def test_the_tower_of_a_whole_siglip_and_one_without_the_prefix_are_the_same(folder, tmp_path):
-    """google/siglip-so400m-patch14-384 holds a text tower too; newer transformers leave the prefix out."""
-    state = load_file(folder / "image_encoder" / "model.safetensors")
-    config = json.loads((folder / "image_encoder" / "config.json").read_text())
-    whole, bare = tmp_path / "whole", tmp_path / "bare"
-    for path, values, tensors in ((whole, {"architectures": ["SiglipModel"], "vision_config": config},
-                                   state | {"text_model.final_layer_norm.weight": torch.ones(3), "logit_scale": torch.ones(1), "logit_bias": torch.ones(1)}),
-                                  (bare, config, {name.removeprefix("vision_model."): tensor for name, tensor in state.items()})):
-        path.mkdir()
-        (path / "config.json").write_text(json.dumps(values))
-        save_file(tensors, path / "model.safetensors")
-    pictures = torch.randn(2, 3, 26, 26)
-    expected = load_siglip(folder / "image_encoder")(pictures)
-    assert torch.equal(load_siglip(whole)(pictures), expected) and torch.equal(load_siglip(bare)(pictures), expected)
+    """google/siglip-so400m-patch14-384 has a text tower, too.
+
+    Newer versions of transformers omit the prefix."""
+    tower = folder / "image_encoder"
+    state = load_file(tower / "model.safetensors")
+    config = json.loads((tower / "config.json").read_text())
+    text = {
+        "text_model.final_layer_norm.weight": torch.ones(3),
+        "logit_scale": torch.ones(1),
+        "logit_bias": torch.ones(1),
+    }
+    whole_config = {"architectures": ["SiglipModel"], "vision_config": config}
+    save_tower(tmp_path / "whole", whole_config, state | text)
+    bare = {name.removeprefix("vision_model."): tensor for name, tensor in state.items()}
+    save_tower(tmp_path / "bare", config, bare)
+    images = torch.randn(2, 3, 26, 26)
+    expected = load_siglip(tower)(images)
+    assert torch.equal(load_siglip(tmp_path / "whole")(images), expected)
+    assert torch.equal(load_siglip(tmp_path / "bare")(images), expected)
+
+
+def save_tower(path, config, state):
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps(config))
+    save_file(state, path / "model.safetensors")
 
 
 @pytest.mark.parametrize("values, message", [
@@ -88,7 +107,7 @@ def test_a_config_that_does_not_fit_is_refused(folder, tmp_path, values, message
         load_siglip(tmp_path / "tower")
 
 
-# ---------------------------------------------------------------------------------------------------------- add_redux
+# ---------------------------------------------------------------------------------------- add_redux
 
 
 @pytest.fixture(scope="module")
@@ -99,36 +118,46 @@ def flux(tmp_path_factory):
 def original(folder, path):
     """The original layout: the embedder in one file, and SigLIP in a folder of its own."""
     path.mkdir()
-    shutil.copy(folder / "image_embedder" / "diffusion_pytorch_model.safetensors", path / "flux1-redux-dev.safetensors")
+    file = path / "flux1-redux-dev.safetensors"
+    shutil.copy(folder / "image_embedder" / "diffusion_pytorch_model.safetensors", file)
     shutil.copytree(folder / "image_encoder", path.parent / "siglip")
-    return path / "flux1-redux-dev.safetensors", path.parent / "siglip"
+    return file, path.parent / "siglip"
 
 
 def test_redux_from_either_layout_is_the_same(flux, folder, tmp_path, monkeypatch):
     file, tower = original(folder, tmp_path / "redux")
     x = torch.randn(1, 9, 24)
     expected = add_redux(flux, folder).redux(x)
-    for with_redux in (add_redux(flux, file, tower), add_redux(flux, file.parent, image_encoder=str(tower))):
-        assert torch.equal(with_redux.redux(x), expected) and with_redux.siglip.config.image_size == 26
-    assert flux.redux is None                                                   # the model itself is unchanged
+    for with_redux in (
+        add_redux(flux, file, tower),
+        add_redux(flux, file.parent, image_encoder=str(tower)),
+    ):
+        assert torch.equal(with_redux.redux(x), expected)
+        assert with_redux.siglip.config.image_size == 26
+    assert flux.redux is None                               # the model itself is unchanged
 
 
 def test_siglip_is_found_in_the_local_cache(flux, folder, tmp_path, monkeypatch):
     file, tower = original(folder, tmp_path / "redux")
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
-    with pytest.raises(FileNotFoundError, match="reads images through SigLIP, which is neither in .*image_encoder nor in .*hub: give"):
+    sentence = (
+        "reads images through SigLIP, which is neither in .*image_encoder nor in .*hub: give")
+    with pytest.raises(FileNotFoundError, match=sentence):
         add_redux(flux, file)
-    shutil.copytree(tower, tmp_path / "hub" / "models--google--siglip-so400m-patch14-384" / "snapshots" / "a")
+    repo = tmp_path / "hub" / "models--google--siglip-so400m-patch14-384"
+    shutil.copytree(tower, repo / "snapshots" / "a")
     assert add_redux(flux, file).siglip is not None
 
 
 def test_load_redux_is_dev_with_redux(folder, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
     for name, source in (("dev", small_pipeline(tmp_path / "dev")), ("redux", folder)):
-        shutil.copytree(source, tmp_path / "hub" / ("models--" + OFFICIAL[name].replace("/", "--")) / "snapshots" / "a")
+        repo = tmp_path / "hub" / ("models--" + OFFICIAL[name].replace("/", "--"))
+        shutil.copytree(source, repo / "snapshots" / "a")
     flux = load("redux", device="cpu")
-    assert flux.redux is not None and flux.config.name == "dev"
-    assert load(folder, device="cpu").redux is not None                        # Redux's folder by its path, too
+    assert flux.redux is not None
+    assert flux.config.name == "dev"
+    assert load(folder, device="cpu").redux is not None     # Redux's folder by its path, too
 
 
 def test_a_folder_may_hold_a_model_and_redux_together(folder, tmp_path):
@@ -148,12 +177,20 @@ def test_redux_beside_a_transformer_in_the_original_layout_is_not_taken_for_it(f
 def test_what_is_not_redux_or_does_not_fit_is_refused(flux, folder, tmp_path):
     with pytest.raises(ValueError, match="holds no Redux: it has no folder image_embedder/"):
         add_redux(flux, tmp_path)
-    with pytest.raises(ValueError, match="is not a Redux embedder: it lacks redux_up or redux_down"):
+    sentence = "is not a Redux embedder: it lacks redux_up or redux_down"
+    with pytest.raises(ValueError, match=sentence):
         load_redux(folder / "image_encoder" / "model.safetensors")
     narrow = tmp_path / "narrow"
     shutil.copytree(folder, narrow)
     path = narrow / "image_embedder" / "diffusion_pytorch_model.safetensors"
-    save_file({"redux_up.weight": torch.ones(60, 24), "redux_up.bias": torch.ones(60), "redux_down.weight": torch.ones(20, 60),
-               "redux_down.bias": torch.ones(20)}, path)
-    with pytest.raises(ValueError, match="does not fit: SigLIP's tokens and Redux's are 24 and 20 wide, expected 24 and 32"):
+    state = {
+        "redux_up.weight": torch.ones(60, 24),
+        "redux_up.bias": torch.ones(60),
+        "redux_down.weight": torch.ones(20, 60),
+        "redux_down.bias": torch.ones(20),
+    }
+    save_file(state, path)
+    sentence = (
+        "does not fit: SigLIP's tokens and Redux's are 24 and 20 wide, expected 24 and 32")
+    with pytest.raises(ValueError, match=sentence):
         add_redux(flux, narrow)

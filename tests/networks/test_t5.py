@@ -1,4 +1,6 @@
-"""The T5 encoder against oracles by hand: the official count, the list of buckets, and each layer written out."""
+"""The T5 encoder.
+
+Oracles by hand: the official number of parameters, the list of buckets, each layer written out."""
 
 import doctest
 import math
@@ -43,15 +45,18 @@ def test_only_the_first_block_owns_a_table_and_the_names_are_the_official_ones(t
     expected = {"shared.weight", "encoder.final_layer_norm.weight"}
     for i in range(2):
         block = f"encoder.block.{i}.layer"
-        expected |= {f"{block}.0.SelfAttention.{x}.weight" for x in "qkvo"} | {f"{block}.{j}.layer_norm.weight" for j in (0, 1)}
+        expected |= {f"{block}.{j}.layer_norm.weight" for j in (0, 1)}
+        expected |= {f"{block}.0.SelfAttention.{x}.weight" for x in "qkvo"}
         expected |= {f"{block}.1.DenseReluDense.{x}.weight" for x in ("wi_0", "wi_1", "wo")}
     expected.add("encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight")
     assert set(t5.state_dict()) == expected
 
 
 @pytest.mark.parametrize("distance, bucket", [
-    (-200, 15), (-100, 15), (-64, 14), (-32, 12), (-16, 10), (-15, 9), (-9, 8), (-7, 7), (-1, 1), (0, 0), (1, 17), (7, 23),
-    (8, 24), (12, 25), (16, 26), (32, 28), (64, 30), (100, 31), (200, 31)])
+    (-200, 15), (-100, 15), (-64, 14), (-32, 12), (-16, 10), (-15, 9), (-9, 8), (-7, 7), (-1, 1),
+    (0, 0),
+    (1, 17), (7, 23), (8, 24), (12, 25), (16, 26), (32, 28), (64, 30), (100, 31), (200, 31),
+])
 def test_distances_fall_into_their_buckets(distance, bucket):
     assert relative_position_bucket(torch.tensor([distance])).tolist() == [bucket]
 
@@ -60,7 +65,8 @@ def test_buckets_are_the_exact_integers_of_the_logarithm():
     """In whole numbers: n is in bucket 8 + b from the first n with (n/8)⁸ >= 16ᵇ."""
     for n in range(8, 512):
         expected = 8 + max(b for b in range(8) if n**8 >= 8**8 * 16**b)
-        assert relative_position_bucket(torch.tensor([-n, n])).tolist() == [expected, 16 + expected], n
+        buckets = relative_position_bucket(torch.tensor([-n, n])).tolist()
+        assert buckets == [expected, 16 + expected], n
 
 
 def test_the_bias_looks_up_key_minus_query():
@@ -68,23 +74,29 @@ def test_the_bias_looks_up_key_minus_query():
     bias = attention.compute_bias(5)
     assert bias.shape == (1, 4, 5, 5)
     table = attention.relative_attention_bias.weight
-    assert torch.equal(bias[0, :, 1, 4], table[16 + 3])                         # the key stands three to the right
+    assert torch.equal(bias[0, :, 1, 4], table[16 + 3])     # the key is three to the right
     assert torch.equal(bias[0, :, 4, 1], table[3])
 
 
 def test_scores_are_not_divided_by_the_root_of_the_head_width():
     torch.manual_seed(0)
-    attention, x, bias = T5Attention(SMALL, False), torch.randn(2, 5, 16), torch.randn(1, 4, 5, 5)
-    q, k, v = (f(x).view(2, 5, 4, 6).transpose(1, 2) for f in (attention.q, attention.k, attention.v))
+    attention = T5Attention(SMALL, False)
+    x = torch.randn(2, 5, 16)
+    bias = torch.randn(1, 4, 5, 5)
+    q = attention.q(x).view(2, 5, 4, 6).transpose(1, 2)     # (B, H, L, D)
+    k = attention.k(x).view(2, 5, 4, 6).transpose(1, 2)
+    v = attention.v(x).view(2, 5, 4, 6).transpose(1, 2)
     out = (q @ k.mT + bias).softmax(-1) @ v
-    torch.testing.assert_close(attention(x, bias), attention.o(out.transpose(1, 2).reshape(2, 5, 24)))
+    expected = attention.o(out.transpose(1, 2).reshape(2, 5, 24))
+    torch.testing.assert_close(attention(x, bias), expected)
 
 
 def test_the_norm_subtracts_no_mean_and_rounds_before_its_weight():
     norm = T5LayerNorm(8)
     norm.weight.copy_(torch.linspace(0.5, 2, 8))
     for x in (1e-3 * torch.randn(3, 8), torch.randn(3, 8) + 5):
-        torch.testing.assert_close(norm(x), x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * norm.weight)
+        normed = x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+        torch.testing.assert_close(norm(x), normed * norm.weight)
     norm, x = norm.bfloat16(), x.bfloat16()
     normed = x.float() / (x.float().square().mean(-1, keepdim=True) + 1e-6).sqrt()
     assert torch.equal(norm(x), normed.bfloat16() * norm.weight)
@@ -105,7 +117,8 @@ def test_padding_is_attended_to(t5):
 
 def test_without_the_table_tokens_have_no_order(t5):
     table = t5.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight
-    saved, ids = table.clone(), torch.tensor([[5, 6, 7, 8, 1]])
+    saved = table.clone()
+    ids = torch.tensor([[5, 6, 7, 8, 1]])
     assert not torch.allclose(t5(ids.flip(1)).flip(1), t5(ids), atol=1e-3)
     table.zero_()
     torch.testing.assert_close(t5(ids.flip(1)).flip(1), t5(ids), rtol=1e-5, atol=1e-5)
@@ -116,15 +129,22 @@ def test_float16_outliers_are_clamped_further_if_one_is_infinite():
     finite = torch.tensor([65504.0, -65504, 3], dtype=torch.float16)
     assert torch.equal(clamp_fp16(finite), finite)
     infinite = torch.tensor([torch.inf, -torch.inf, 65504, 3], dtype=torch.float16)
-    assert clamp_fp16(infinite).tolist() == [64512, -64512, 64512, 3]           # 64504 is 64512 in float16
+    assert clamp_fp16(infinite).tolist() == [64512, -64512, 64512, 3]   # 64504 is 64512 in float16
     assert clamp_fp16(infinite.float()).tolist() == [torch.inf, -torch.inf, 65504, 3]
 
 
 def test_float16_layers_stay_finite():
-    x, bias = torch.ones(1, 5, 16).half(), torch.zeros(1, 4, 5, 5).half()
-    attention, ff = T5LayerSelfAttention(SMALL, False).half(), T5LayerFF(SMALL).half()
-    for linear in (attention.SelfAttention.v, attention.SelfAttention.o, ff.DenseReluDense.wi_0, ff.DenseReluDense.wi_1,
-                   ff.DenseReluDense.wo):
+    x = torch.ones(1, 5, 16).half()
+    bias = torch.zeros(1, 4, 5, 5).half()
+    attention = T5LayerSelfAttention(SMALL, False).half()
+    ff = T5LayerFF(SMALL).half()
+    for linear in (
+        attention.SelfAttention.v,
+        attention.SelfAttention.o,
+        ff.DenseReluDense.wi_0,
+        ff.DenseReluDense.wi_1,
+        ff.DenseReluDense.wo,
+    ):
         linear.weight.fill_(100)
     assert torch.equal(attention(x, bias), torch.full_like(x, 64504))
     assert torch.equal(ff(x), torch.full_like(x, 64504))

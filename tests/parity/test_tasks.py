@@ -111,8 +111,8 @@ def test_inpaint_with_a_coloured_mask_of_another_size(folders):
 @pytest.mark.parametrize("size, box, padding", [
     ((200, 120), (90, 40, 120, 70), 8),                     # well inside
     ((200, 120), (2, 30, 20, 110), 16),                     # at an edge
-    ((60, 200), (0, 80, 60, 100), 4),                       # too wide: edges stretched above, below
-    ((200, 60), (150, 0, 170, 60), 3),                      # too high: edges stretched on both sides
+    ((60, 200), (0, 80, 60, 100), 4),                       # too wide: stretched above and below
+    ((200, 60), (150, 0, 170, 60), 3),                      # too high: stretched on both sides
     ((123, 101), (100, 5, 119, 13), 0),
 ])
 def test_inpainting_around_the_mask_is_that_of_the_pipeline(folders, size, box, padding):
