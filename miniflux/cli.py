@@ -36,9 +36,10 @@ from .engine.offload import offload
 from .engine.quantize import FORMATS, quantize
 from .engine.tiling import tile
 from .flux import SCHEDULES, Flux
-from .imaging.images import SIDES, check_output, number, rescue, save, strip, to_pil
+from .imaging.images import to_pil
 from .imaging.info import marks, spell
 from .imaging.masks import blur_mask, expand_canvas, mask_from_alpha
+from .imaging.saving import SIDES, check_output, number, rescue, save, strip
 from .imaging.watermark import MESSAGE, add_watermark
 from .latents import decode
 from .loading import assemble, load, with_schedule

@@ -18,8 +18,9 @@ from .flux import Flux
 from .generate import sample
 from .imaging.canny import canny
 from .imaging.depth import depth, load_depth
-from .imaging.images import ImageLike, Images, natural_size, preprocess, read_images, size_of
+from .imaging.images import Images, natural_size, preprocess
 from .imaging.masks import fit_masks, latent_mask, read_masks
+from .imaging.reading import ImageLike, read_images, size_of
 from .latents import encode
 from .prompt import PromptLike
 from .sampling import Conditions, patchify

@@ -17,8 +17,9 @@ from .checks import check_switch
 from .command import command
 from .flux import Flux
 from .generate import sample
-from .imaging.images import ImageLike, Images, preprocess, read_images, size_of, to_tensor
+from .imaging.images import Images, preprocess, to_tensor
 from .imaging.masks import feather, fit_masks, paste, read_masks
+from .imaging.reading import ImageLike, read_images, size_of
 from .latents import encode
 from .prompt import PromptLike
 from .sampling import Conditions, patchify

@@ -14,8 +14,9 @@ from typing_extensions import Unpack
 from .command import command
 from .flux import Flux
 from .generate import sample
-from .imaging.images import ImageLike, Images, preprocess, read_images, size_of
+from .imaging.images import Images, preprocess
 from .imaging.masks import around_mask, fit_masks, latent_mask, read_masks
+from .imaging.reading import ImageLike, read_images, size_of
 from .latents import encode
 from .prompt import PromptLike
 from .settings import AdapterSettings, resolve, task

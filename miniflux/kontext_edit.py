@@ -14,17 +14,8 @@ from .checks import check_number, check_switch
 from .command import command
 from .flux import Flux
 from .generate import sample
-from .imaging.images import (
-    MAX_SIDE,
-    ImageLike,
-    Images,
-    check_side,
-    floor_side,
-    natural_size,
-    preprocess,
-    read_images,
-    size_of,
-)
+from .imaging.images import MAX_SIDE, Images, check_side, floor_side, natural_size, preprocess
+from .imaging.reading import ImageLike, read_images, size_of
 from .latents import encode
 from .prompt import PromptLike
 from .sampling import Conditions, image_ids, patchify

@@ -18,10 +18,11 @@ from .checkpoints.finding import (
     find_transformer,
     whole_models,
 )
+from .checks import check_number
 from .devices import default_dtype, find_device
 from .files import read_json
 from .flux import SCHEDULES, Flux, FluxConfig, Schedule
-from .imaging.images import check_number, log
+from .imaging.images import log
 from .networks.mmdit import MMDiT, timestep_embedding
 from .tokenizers import CLIPTokenizer, T5Tokenizer
 

@@ -23,13 +23,14 @@ from .checkpoints.finding import shipped_models
 from .checkpoints.formats import concat_on_disk, meta_tensors
 from .checkpoints.hub import OFFICIAL, find_in_cache
 from .checkpoints.quantized import QuantizedLinear
+from .checks import check_number
 from .command import command
 from .devices import default_dtype, find_device
 from .engine import offload
 from .engine.modulation import LIMIT, precompute_modulation
 from .engine.quantize import quantize
 from .flux import Flux, FluxConfig
-from .imaging.images import check_number, check_side, log
+from .imaging.images import check_side, log
 from .loading import assemble
 from .networks.autoencoder import Autoencoder
 from .networks.clip import CLIPText

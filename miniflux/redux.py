@@ -18,7 +18,8 @@ from .checks import check_number, to_number
 from .command import command
 from .flux import Flux
 from .generate import sample
-from .imaging.images import BICUBIC, ImageLike, Images, preprocess, read_each
+from .imaging.images import BICUBIC, Images, preprocess
+from .imaging.reading import ImageLike, read_each
 from .prompt import Prompt, encode_prompt, text_length, to_model
 from .settings import Settings, check_model, resolve, task
 

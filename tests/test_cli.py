@@ -15,7 +15,7 @@ from PIL import Image
 
 from miniflux import add_lora, cli, generate, load, quantize
 from miniflux.command import command
-from miniflux.imaging import images
+from miniflux.imaging import saving
 
 
 @pytest.fixture(scope="module")
@@ -170,23 +170,23 @@ def test_one_image_that_cannot_be_written_is_put_elsewhere_and_costs_no_other(fo
     written, temporary = tmp_path / "written", tmp_path / "temporary"
     written.mkdir(), temporary.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(temporary))
-    save = images.save
+    save = saving.save
 
     def fail_once(picture, path, metadata, exif=None):
         if path.name == "a-2.png" and path.parent == written and (reason == "disk" or metadata):
             raise OSError(f"{path} cannot be written: No space left on device") if reason == "disk" else RuntimeError("broken")
         save(picture, path, metadata, exif)
 
-    monkeypatch.setattr(images, "save", fail_once)
+    monkeypatch.setattr(saving, "save", fail_once)
     with pytest.raises(SystemExit) as stop:
         run(folder, "--steps", "1", "--num-images", "3", "--output", str(written / "a.png"), "--quiet")
     said = capsys.readouterr()
     assert stop.value.code == 2 and said.err.count("\n") == 1 and len(said.out.split()) == 3
     if reason == "disk":
         assert {path.name for path in written.iterdir()} == {"a-1.png", "a-3.png"} and len(list(temporary.rglob("a-2.png"))) == 1
-        assert "a-2.png cannot be written: No space left on device; the picture is in" in said.err
+        assert "a-2.png cannot be written: No space left on device; the image is in" in said.err
     else:
-        assert len(list(written.iterdir())) == 3 and "broken; the picture is written without its metadata" in said.err
+        assert len(list(written.iterdir())) == 3 and "broken; the image is written without its metadata" in said.err
 
 
 def test_a_failing_preview_costs_no_image(folder, tmp_path, monkeypatch, capsys):

@@ -20,7 +20,8 @@ from ..checkpoints.hub import find_network
 from ..checks import check_number, quote, to_number
 from ..devices import default_dtype, find_device
 from ..flux import Flux
-from ..imaging.images import ImageLike, preprocess, read_images, size_of
+from ..imaging.images import preprocess
+from ..imaging.reading import ImageLike, read_images, size_of
 from ..latents import encode
 from ..networks.controlnet import ControlNet, assign
 from ..prompt import Prompt

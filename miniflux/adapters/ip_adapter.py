@@ -30,16 +30,8 @@ from ..checkpoints.layouts import CLIP_VISION, load_clip_vision
 from ..checkpoints.names import count
 from ..checks import check_number, quote, to_number
 from ..flux import Flux
-from ..imaging.images import (
-    BICUBIC,
-    CLIP_COLOURS,
-    ImageLike,
-    RGBImage,
-    as_pil,
-    preprocess,
-    read_each,
-    standardise,
-)
+from ..imaging.images import BICUBIC, CLIP_COLOURS, as_pil, preprocess, standardise
+from ..imaging.reading import ImageLike, RGBImage, read_each
 from ..networks.mmdit import KeysValues
 
 # Names in XLabs' files, and the other names that diffusers reads -> ours.

@@ -33,8 +33,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from ..checks import check_number
 from ..flux import Flux
-from ..imaging.images import check_number
 from ..networks.mmdit import MMDiT, MMDiTInputs
 from .distributed import all_reduce_sum
 from .features import check_order, mark

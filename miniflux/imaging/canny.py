@@ -12,8 +12,11 @@ FLUX.1 Canny was trained on the edges of OpenCV's `cv2.Canny`, whose integer ari
 import numpy as np
 from PIL import Image
 
+from ..checks import check_number
 from ..command import Parser, command
-from .images import ImageLike, as_pil, check_number, check_output, read_image, save
+from .images import as_pil
+from .reading import ImageLike, read_image
+from .saving import check_output, save
 
 
 def canny(image: ImageLike, low: float = 50, high: float = 200) -> Image.Image:

@@ -22,18 +22,9 @@ from ..checkpoints.vision import find_folder, load_depth_anything
 from ..command import Parser, command
 from ..devices import find_device
 from ..networks.depth_anything import DepthAnything
-from .images import (
-    BICUBIC,
-    IMAGENET_COLOURS,
-    ImageLike,
-    check_output,
-    read_image,
-    save,
-    size_of,
-    standardise,
-    to_pil,
-    to_tensor,
-)
+from .images import BICUBIC, IMAGENET_COLOURS, standardise, to_pil, to_tensor
+from .reading import ImageLike, read_image, size_of
+from .saving import check_output, save
 
 MAX_PIXELS = 4096 * 4096
 

@@ -17,7 +17,8 @@ from PIL import Image
 from ..checkpoints.hub import OFFICIAL
 from ..command import Parser, command
 from ..settings import DEFAULTS
-from .images import open_image, to_rgb, to_tensor
+from .images import to_tensor
+from .reading import open_image, to_rgb
 from .watermark import MESSAGE, read_watermark
 
 DESCRIPTION, MAKE, MODEL, SOFTWARE = 0x010E, 0x010F, 0x0110, 0x0131

@@ -15,19 +15,9 @@ import torch.nn.functional as F
 from PIL import Image, ImageFilter, ImageOps
 from torch import Tensor
 
-from .images import (
-    LANCZOS,
-    MAX_SIDE,
-    ImageLike,
-    RGBImage,
-    as_pil,
-    check_number,
-    open_image,
-    read_image,
-    read_images,
-    size_of,
-    to_tensor,
-)
+from ..checks import check_number
+from .images import LANCZOS, MAX_SIDE, as_pil, to_tensor
+from .reading import ImageLike, RGBImage, open_image, read_image, read_images, size_of
 
 log = logging.getLogger("miniflux")
 

@@ -23,7 +23,8 @@ from ..command import Parser, command
 from ..flux import Flux
 from ..latents import encode
 from ..loading import load
-from .images import ImageLike, natural_size, preprocess, read_each, size_of
+from .images import natural_size, preprocess
+from .reading import ImageLike, read_each, size_of
 
 
 def fit_preview(flux: Flux, pictures: ImageLike | list[ImageLike]) -> Tensor:

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .images import ImageLike, Images, RGBImage, read_each, size_of, to_pil, to_tensor
+from .images import Images, to_pil, to_tensor
+from .reading import ImageLike, RGBImage, read_each, size_of
 
 MESSAGE = [int(bit) for bit in f"{0b001010101111111010000111100111001111010100101110:b}"]
 STEP, MARGIN = 36.0, 4.0               # MARGIN: room for rounding

@@ -24,17 +24,8 @@ from torch import Tensor
 
 from ..checkpoints.vision import find_folder, load_pixtral, load_vit_classifier
 from ..devices import find_device
-from ..imaging.images import (
-    BICUBIC,
-    CLIP_COLOURS,
-    ImageLike,
-    RGBImage,
-    as_pil,
-    read_each,
-    size_of,
-    standardise,
-    to_tensor,
-)
+from ..imaging.images import BICUBIC, CLIP_COLOURS, as_pil, standardise, to_tensor
+from ..imaging.reading import ImageLike, RGBImage, read_each, size_of
 from ..networks.pixtral import Pixtral
 from ..networks.vit_classifier import ViTClassifier
 from ..tokenizers.pixtral import PixtralTokenizer

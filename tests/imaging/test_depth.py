@@ -93,7 +93,7 @@ def test_a_flat_depth_is_black(nets, tmp_path):
     (photo(13, 40), {}, "the picture has 13 x 40 pixels, which the depth estimator would read as 13 x 40: expected sides of at least 14"),
     (photo(2000, 4), dict(standard=True), "would read as 70 x 0: expected"),
     (np.zeros((5000, 5000, 3), np.uint8), {}, "no more than 16,777,216 pixels"),
-    ("nowhere.png", {}, "the picture nowhere.png does not exist"),
+    ("nowhere.png", {}, "the image nowhere.png does not exist"),
 ])
 def test_a_picture_that_cannot_be_looked_at_gets_one_sentence(nets, picture, keywords, sentence):
     with pytest.raises((ValueError, FileNotFoundError), match=sentence):

@@ -11,21 +11,10 @@ import torch
 from PIL import Image
 from samples import SHARED
 
-from miniflux.imaging.images import (
-    as_pil,
-    encodable,
-    natural_size,
-    preprocess,
-    read_each,
-    read_image,
-    read_images,
-    round_size,
-    save,
-    size_of,
-    to_pil,
-    to_tensor,
-)
+from miniflux.imaging.images import as_pil, natural_size, preprocess, round_size, to_pil, to_tensor
 from miniflux.imaging.info import marks
+from miniflux.imaging.reading import read_each, read_image, read_images, size_of
+from miniflux.imaging.saving import encodable, save
 
 COLOURS = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
 
@@ -194,7 +183,7 @@ def test_truncated_and_foreign_files_get_one_sentence(tmp_path):
     (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:200])
     (tmp_path / "text.png").write_text("hello")
     for name in ("cut.png", "text.png"):
-        with pytest.raises(ValueError, match="cannot be read as a picture"):
+        with pytest.raises(ValueError, match="cannot be read as an image"):
             read_image(tmp_path / name)
     with pytest.raises(FileNotFoundError, match="does not exist"):
         read_image(tmp_path)

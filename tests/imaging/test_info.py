@@ -13,9 +13,9 @@ from reference import small_pipeline
 from reference_vision import small_pixtral, small_vit
 
 from miniflux import cli, generate
-from miniflux.imaging.images import save
 from miniflux.imaging.info import command_in, info, marks
 from miniflux.imaging.info import main as command
+from miniflux.imaging.saving import save
 from miniflux.imaging.watermark import MESSAGE
 
 
@@ -111,7 +111,7 @@ def test_the_command_prints_what_the_picture_says(tmp_path, monkeypatch, capsys)
     (tmp_path / "a.png").write_bytes(b"no picture")
     with pytest.raises(SystemExit) as stop:
         command()
-    assert stop.value.code == 2 and "cannot be read as a picture" in capsys.readouterr().err
+    assert stop.value.code == 2 and "cannot be read as an image" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("exif", [b"Exif\0\0II*\0\xff\xff\xff\x7f", b"nonsense", b"MM\0*\0\0\0\x08\xff\xff" + b"\xff" * 40, b""])

@@ -8,7 +8,6 @@ import torch
 from PIL import Image
 
 from miniflux import blur_mask, expand_canvas, mask_from_alpha
-from miniflux.imaging.images import read_images
 from miniflux.imaging.masks import (
     around_mask,
     crop_box,
@@ -18,6 +17,7 @@ from miniflux.imaging.masks import (
     paste,
     read_masks,
 )
+from miniflux.imaging.reading import read_images
 
 PICTURE = [Image.new("RGB", (64, 48))]
 

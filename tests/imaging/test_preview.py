@@ -128,7 +128,7 @@ def test_what_makes_no_previews_is_refused(flux, tmp_path, tensors, sentence):
 
 
 @pytest.mark.parametrize("arguments, sentence", [
-    (["nowhere.png"], "the picture nowhere.png does not exist"),
+    (["nowhere.png"], "the image nowhere.png does not exist"),
     (["0.png", "--output", "map.png"], "must end in .safetensors"),
     ([], "the following arguments are required: pictures"),
 ])

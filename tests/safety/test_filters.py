@@ -166,7 +166,7 @@ def test_a_missing_filter_is_an_error_and_never_a_picture(filters, folders, tmp_
         load_filters("nowhere")
     with pytest.raises(FileNotFoundError, match="expected one such as mistral-community/pixtral-12b"):
         load_filters(folders[0], tmp_path / "nowhere")
-    with pytest.raises(FileNotFoundError, match="the picture nowhere.png does not exist"):
+    with pytest.raises(FileNotFoundError, match="the image nowhere.png does not exist"):
         is_flagged(Path("nowhere.png"), filters)
 
 

@@ -26,11 +26,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from ...checks import check_number
 from ...cli import Parser
 from ...command import command
 from ...flux import Flux
 from ...generate import generate
-from ...imaging.images import check_number, check_output, save, to_pil
+from ...imaging.images import to_pil
+from ...imaging.saving import check_output, save
 from ...latents import decode
 from ...loading import load
 from ..train.data import normalize

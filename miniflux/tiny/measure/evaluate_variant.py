@@ -27,13 +27,14 @@ import torch.nn.functional as F
 
 from ...adapters.controlnet import load_controlnet
 from ...adapters.ip_adapter import add_ip_adapter
+from ...checks import check_number
 from ...cli import Parser
 from ...command import command
 from ...control import control
 from ...fill import fill
 from ...flux import Flux
 from ...generate import generate
-from ...imaging.images import check_number, check_output, save
+from ...imaging.saving import check_output, save
 from ...kontext_edit import kontext_edit
 from ...loading import load
 from ...networks.controlnet import ControlNet

@@ -19,7 +19,7 @@ from ...fill import fill
 from ...generate import generate
 from ...image_to_image import image_to_image
 from ...imaging.canny import canny
-from ...imaging.images import check_output, save
+from ...imaging.saving import check_output, save
 from ...inpaint import inpaint
 from ...kontext_edit import kontext_edit
 from ...loading import load

@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...imaging.images import save, to_pil
+from ...imaging.images import to_pil
+from ...imaging.saving import save
 from ...networks.autoencoder import Autoencoder, AutoencoderConfig
 from ..world.grounds import IMAGE_SIZE
 from ..world.rendering import contact_sheet, object_masks, render

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ...engine.distributed import is_distributed, is_rank_zero
-from ...imaging.images import save
+from ...imaging.saving import save
 from ..world.rendering import contact_sheet
 from .optimizers import make_optimizers
 

@@ -78,7 +78,7 @@ def samples(seed: int) -> list[tuple[np.ndarray, str]]:
 @command
 def main(argv: list[str] | None = None) -> None:
     from ...cli import Parser
-    from ...imaging.images import check_output, save
+    from ...imaging.saving import check_output, save
 
     parser = Parser(prog="python -m miniflux.tiny.world.rendering",
                     description="Draw a sheet of scenes.")

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from miniflux import add_ip_adapter, generate, load
 from miniflux.adapters.ip_adapter import clip_vectors
 from miniflux.checkpoints.hub import SHIPPED
-from miniflux.imaging.images import read_images
+from miniflux.imaging.reading import read_images
 from miniflux.prompt import encode_prompt
 from miniflux.tiny.export import write_ip_adapter
 from miniflux.tiny.measure.evaluate_variant import measure_variations
