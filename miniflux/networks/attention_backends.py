@@ -99,15 +99,16 @@ def attention_through(function: Callable[..., Tensor]) -> Iterator[None]:
 
 def select_backend(qkv: Tensor, pe: Tensor, img_scale: Tensor, txt_scale: Tensor) -> str:
     """The fastest backend for these tensors."""
-    if qkv.device.type == "mps":
+    if qkv.is_mps:
         return "chunked"
     # With CUDA nothing was measured yet: its kernels run only where they are asked for by name.
     # Modes and transforms cannot see a kernel; a compiled graph holds it as one operation.
+    eager = native.is_eager()
     if (
-        qkv.device.type != "cpu"
-        or not (native.is_eager() or torch.compiler.is_compiling())
+        not qkv.is_cpu
+        or not (eager or torch.compiler.is_compiling())
         or native.needs_gradients(qkv, pe, img_scale, txt_scale)
-        or native.refusal(qkv, pe, img_scale, txt_scale)
+        or native.refusal(qkv, pe, img_scale, txt_scale, eager=eager)
     ):
         return "sdpa"
     # Measured on two cores: the kernel takes 0.55 to 0.9 of the time of norm_rope from 96 tokens to

@@ -18,16 +18,16 @@ Shapes of attention: qkv (B, S, 3, H, D), pe (S, D/2, 2, 2) in float32, img_scal
 (2, D): the scales of queries and keys. Those of txt_scale are for the first L tokens.
 """
 
+import argparse
 from collections.abc import Callable
 from importlib import import_module
 from types import ModuleType
+from typing import NoReturn
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
-
-from ..command import Parser, command
 
 
 def find(name: str) -> tuple[ModuleType | None, str]:
@@ -94,7 +94,7 @@ def check(qkv: Tensor, pe: Tensor, img_scale: Tensor, txt_scale: Tensor, L: int)
         raise ValueError(f"qkv is {qkv.dtype} {shape}: expected floating-point numbers "
                          "(B, S, 3, H, D) with an even D")
     S, D = shape[1], shape[4]
-    if pe.shape != (S, D // 2, 2, 2) or pe.dtype != torch.float32:
+    if pe.shape != (S, D // 2, 2, 2) or pe.dtype is not torch.float32:
         raise ValueError(f"the RoPE table is {pe.dtype} {tuple(pe.shape)}: expected float32 "
                          f"{(S, D // 2, 2, 2)}, a matrix for each token and pair of channels")
     if img_scale.shape != (2, D) or txt_scale.shape != (2, D) or not 0 <= L <= S:
@@ -109,28 +109,31 @@ def check(qkv: Tensor, pe: Tensor, img_scale: Tensor, txt_scale: Tensor, L: int)
                          f"{img_scale.device} and {txt_scale.device}: expected one device")
 
 
-def refusal(qkv: Tensor, *others: Tensor) -> str | None:
-    """The reason why the attention kernels cannot take these tensors; None if they can."""
-    kind = qkv.device.type
-    if kind not in ("cpu", "cuda"):
-        return f"it computes on the CPU and with CUDA, and the tensors are on {kind}"
-    if kind == "cpu" and _cpu is None:
+def refusal(*tensors: Tensor, eager: bool | None = None) -> str | None:
+    """The reason why the attention kernels cannot take qkv and the other tensors; None if they can.
+
+    eager: the result of `is_eager`, if it was called before."""
+    qkv = tensors[0]
+    on_cpu, dtype = qkv.is_cpu, qkv.dtype
+    if not on_cpu and not qkv.is_cuda:
+        return f"it computes on the CPU and with CUDA, and the tensors are on {qkv.device.type}"
+    if on_cpu and _cpu is None:
         return (f"miniflux._cpu is not built ({WHY_NOT}): "
                 "install a C++ compiler, then miniflux again")
-    if kind == "cuda" and _cuda is None:
+    if not on_cpu and _cuda is None:
         return (f"miniflux._cuda is not built ({WHY_NOT_CUDA}): "
                 "install the CUDA toolkit, then miniflux again")
-    if qkv.dtype not in DTYPES or kind == "cpu" and qkv.dtype == torch.float16:
-        return f"it takes float32 and bfloat16, with CUDA float16 too, not {qkv.dtype}"
-    eager = is_eager()
-    for x in (qkv, *others):
+    if dtype not in DTYPES or on_cpu and dtype is torch.float16:
+        return f"it takes float32 and bfloat16, with CUDA float16 too, not {dtype}"
+    eager = is_eager() if eager is None else eager
+    for x in tensors:
         if type(x) not in PLAIN:
             return f"it takes plain tensors, not a {type(x).__name__}"
         if x.layout is not torch.strided:
             return f"it takes dense tensors, not {x.layout}"
         if eager and x.is_neg():
             return "it does not take views that negate their elements: call resolve_neg() first"
-    if kind == "cuda" and qkv.shape[-1] > WIDEST:
+    if not on_cpu and qkv.shape[-1] > WIDEST:
         return f"it takes heads of up to {WIDEST} channels, not {qkv.shape[-1]}"
     if qkv.stride(-1) != 1:
         return ("the channels of a head must be neighbours in memory, "
@@ -147,10 +150,10 @@ def is_aligned(x: Tensor) -> bool:
 
 
 def require(backend: str, qkv: Tensor, pe: Tensor, img_scale: Tensor, txt_scale: Tensor,
-            L: int, in_place: bool) -> None:
+            L: int, in_place: bool, eager: bool | None = None) -> None:
     """Raises ValueError for what the kernel cannot take."""
     check(qkv, pe, img_scale, txt_scale, L)
-    reason = refusal(qkv, pe, img_scale, txt_scale)
+    reason = refusal(qkv, pe, img_scale, txt_scale, eager=eager)
     if reason is None and in_place and elements_overlap(qkv):
         reason = "it overwrites qkv, whose elements share their memory: clone() it first"
     if reason is None and forward_ad._current_level >= 0:
@@ -163,10 +166,10 @@ def launch(kernel: str, qkv: Tensor, pe: Tensor, img_scale: Tensor, txt_scale: T
            out: Tensor) -> None:
     """Calls a compiled kernel on tensors that were checked."""
     B, S, _, H, D = qkv.shape
-    # Note: contiguous tensors are kept in variables until the kernel is done with their addresses.
-    pe = dense(pe)
-    img_scale = dense(img_scale.to(qkv.dtype))
-    txt_scale = dense(txt_scale.to(qkv.dtype))
+    # Note: dense tensors are kept in variables until the kernel is done with their addresses.
+    pe = dense(pe, torch.float32)
+    img_scale = dense(img_scale, qkv.dtype)
+    txt_scale = dense(txt_scale, qkv.dtype)
     arguments = ((B, H, S, L, D), qkv.data_ptr(), qkv.stride()[:4], txt_scale.data_ptr(),
                  img_scale.data_ptr(), pe.data_ptr(), out.data_ptr())
     if qkv.is_cpu:
@@ -177,8 +180,10 @@ def launch(kernel: str, qkv: Tensor, pe: Tensor, img_scale: Tensor, txt_scale: T
             getattr(_cuda, f"{kernel}_{DTYPES[qkv.dtype]}")(*arguments, stream)
 
 
-def dense(x: Tensor) -> Tensor:
-    """The same elements, contiguous and aligned."""
+def dense(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The same elements in this dtype, contiguous and aligned."""
+    if x.dtype is not dtype:                                # Note: `to` takes long to do nothing
+        x = x.to(dtype)
     x = x.contiguous()
     return x if is_aligned(x) else x.clone()
 
@@ -206,13 +211,16 @@ def attention(qkv: Tensor, pe: Tensor, img_scale: Tensor, txt_scale: Tensor, L: 
               checked: bool = False) -> Tensor:
     """softmax(R norm(q) (R norm(k))ᵀ / √D) v -> (B, S, H·D), in compiled graphs and with gradients.
 
-    With CUDA qkv is overwritten where nothing needs gradients. checked: `check` and `refusal` were
-    called before."""
+    With CUDA qkv is overwritten where nothing needs gradients. checked: `select_backend` has chosen
+    this kernel: the tensors fit, and none needs gradients."""
     # Note: called directly where possible: PyTorch's dispatcher takes five times as long.
-    direct = is_eager() and not needs_gradients(qkv, pe, img_scale, txt_scale)
-    if not checked:
+    if checked:
+        direct = not torch.compiler.is_compiling()
+    else:
+        eager = is_eager()
+        direct = eager and not needs_gradients(qkv, pe, img_scale, txt_scale)
         in_place = direct and qkv.is_cuda
-        require("native", qkv, pe, img_scale, txt_scale, L, in_place)
+        require("native", qkv, pe, img_scale, txt_scale, L, in_place, eager)
     if direct:
         return compute("attention", qkv, pe, img_scale, txt_scale, L)
     return torch.ops.miniflux.attention(qkv, pe, img_scale, txt_scale, L)
@@ -220,11 +228,12 @@ def attention(qkv: Tensor, pe: Tensor, img_scale: Tensor, txt_scale: Tensor, L: 
 
 def norm_rope(qkv: Tensor, pe: Tensor, img_scale: Tensor, txt_scale: Tensor, L: int) -> Tensor:
     """Normalises and rotates queries and keys in place; returns qkv."""
-    require("norm_rope", qkv, pe, img_scale, txt_scale, L, in_place=True)
+    eager = is_eager()
+    require("norm_rope", qkv, pe, img_scale, txt_scale, L, in_place=True, eager=eager)
     if needs_gradients(qkv, pe, img_scale, txt_scale):
         raise ValueError("norm_rope overwrites queries and keys and has no gradients: "
                          "use the attention backend 'native'")
-    if not is_eager():
+    if not eager:
         torch.ops.miniflux.norm_rope(qkv, pe, img_scale, txt_scale, L)
     elif qkv.numel():
         launch("norm_rope", qkv, pe, img_scale, txt_scale, L, qkv)
@@ -300,19 +309,16 @@ def takes_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether `linear` calls the kernel: for small weights that are stored by columns.
 
     Measured from 1 to 1536 rows: 1.0 to 1.2 times as fast on one core, 1.2 to 1.6 times on two."""
-    if weight.layout is not torch.strided or weight.ndim != 2 or type(x) not in PLAIN:
+    if not takes(x, weight, bias) or weight.ndim != 2 or x.ndim == 0:
         return False
     N, K = weight.shape
     return (
-        weight.stride() == (1, N)
+        N * K <= SMALL
         and N % 16 == 0
-        and N * K <= SMALL
-        and bias is not None
-        and x.ndim > 0
+        and weight.stride() == (1, N)
         and x.shape[-1] == K
         and bias.shape == (N,)
-        and takes(x, weight, bias)
-        and bias.stride() == (1,)
+        and bias.is_contiguous()
     )
 
 
@@ -321,7 +327,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if not takes_linear(x, weight, bias):
         return F.linear(x, weight, bias)
     N, K = weight.shape
-    x, out = x.contiguous(), x.new_empty((*x.shape[:-1], N))
+    *rows, _ = x.shape
+    x, out = x.contiguous(), x.new_empty(*rows, N)
     sizes = x.numel() // K, K, N
     _cpu.linear_float32(sizes, x.data_ptr(), weight.data_ptr(), bias.data_ptr(), out.data_ptr())
     return out
@@ -331,10 +338,15 @@ def gelu(x: Tensor) -> Tensor:
     """x / 2 · (1 + tanh(√(2/π) (x + 0.044715 x³))): the GELU with the tanh formula."""
     if x.ndim == 0 or not takes(x):
         return F.gelu(x, approximate="tanh")
-    rows, out = x.reshape(-1, x.shape[-1]), x.new_empty(x.shape)
-    if rows.stride(1) != 1:
-        rows = rows.contiguous()
-    _cpu.gelu_float32(*rows.shape, rows.stride(0), rows.data_ptr(), out.data_ptr())
+    n, out = x.shape[-1], x.new_empty(*x.shape)
+    if x.is_contiguous():
+        rows, step = x, n
+    else:
+        rows = x.reshape(-1, n)
+        if rows.stride(1) != 1:
+            rows = rows.contiguous()
+        step = rows.stride(0)
+    _cpu.gelu_float32(x.numel() // n, n, step, rows.data_ptr(), out.data_ptr())
     return out
 
 
@@ -347,10 +359,12 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     ):
         normed = F.layer_norm(x, x.shape[-1:], eps=1e-6)
         return torch.addcmul(shift, normed, 1 + scale)      # shift + normed * (1 + scale)
-    x, out = x.contiguous(), x.new_empty(x.shape)
-    if shift.stride() != scale.stride() or shift.stride(2) != 1:
+    x, out = x.contiguous(), x.new_empty(*x.shape)
+    steps = shift.stride()
+    if steps[2] != 1 or steps != scale.stride():
         shift, scale = shift.contiguous(), scale.contiguous()
-    sizes = (*x.shape, shift.stride(0))
+        steps = shift.stride()
+    sizes = (*x.shape, steps[0])
     _cpu.modulate_float32(sizes, x.data_ptr(), shift.data_ptr(), scale.data_ptr(), out.data_ptr())
     return out
 
@@ -358,30 +372,47 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 # ----------------------------------------------------------------------------------- the command
 
 
-@command
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}\n")           # one line, without the usage
+
+
+def list_kernels() -> list[str]:
+    """What is built and what is used on this machine, line by line."""
+    if _cpu is None:
+        lines = [
+            f"miniflux._cpu   not built: {WHY_NOT}",
+            "                attention runs on PyTorch's own operations; "
+            "install a C++ compiler with OpenMP, then miniflux again",
+        ]
+    else:
+        lines = [
+            f"miniflux._cpu   {_cpu.__file__}",
+            "                used on the CPU in float32 and bfloat16, "
+            f"with {_cpu.instructions()} and {torch.get_num_threads()} threads",
+        ]
+    if _cuda is not None:
+        lines += [
+            f"miniflux._cuda  {_cuda.__file__}",
+            "                used where the attention backends native and norm_rope "
+            "are asked for by name",
+        ]
+    else:
+        built = not torch.version.cuda and find("miniflux._cuda")[0]
+        lines += [
+            f"miniflux._cuda  {'built, but not used' if built else 'not used'}: {WHY_NOT_CUDA}",
+            "                with CUDA, attention runs on PyTorch's own operations",
+        ]
+    mps = "here" if torch.backends.mps.is_available() else "not here"
+    return [*lines, f"MPS             {mps}; no kernels of its own"]
+
+
 def main() -> None:
     Parser(
         prog="python -m miniflux.networks.native",
         description="List the compiled kernels and which of them are used here.",
     ).parse_args()
-    if _cpu is None:
-        print(f"miniflux._cpu   not built: {WHY_NOT}")
-        print("                attention runs on PyTorch's own operations; "
-              "install a C++ compiler with OpenMP, then miniflux again")
-    else:
-        print(f"miniflux._cpu   {_cpu.__file__}")
-        print("                used on the CPU in float32 and bfloat16, "
-              f"with {_cpu.instructions()} and {torch.get_num_threads()} threads")
-    if _cuda is not None:
-        print(f"miniflux._cuda  {_cuda.__file__}")
-        print("                used where the attention backends native and norm_rope "
-              "are asked for by name")
-    else:
-        built = not torch.version.cuda and find("miniflux._cuda")[0]
-        print(f"miniflux._cuda  {'built, but not used' if built else 'not used'}: {WHY_NOT_CUDA}")
-        print("                with CUDA, attention runs on PyTorch's own operations")
-    mps = "here" if torch.backends.mps.is_available() else "not here"
-    print(f"MPS             {mps}; no kernels of its own")
+    print("\n".join(list_kernels()))
 
 
 if __name__ == "__main__":

@@ -249,7 +249,8 @@ def test_auto_chooses_by_device_dtype_and_length(monkeypatch, device, dtype, tok
     monkeypatch.setattr(native, "_cpu", object())           # as if it were built
     monkeypatch.setattr(native, "PLAIN", (SimpleNamespace,))  # as if there were such tensors here
     qkv = SimpleNamespace(
-        device=torch.device(device), dtype=dtype, layout=torch.strided, requires_grad=gradients,
+        is_cpu=device == "cpu", is_cuda=device == "cuda", is_mps=device == "mps",
+        dtype=dtype, layout=torch.strided, requires_grad=gradients,
         shape=(1, tokens, 3, 2, 64), stride=lambda *axis: 1 if axis else (384 * tokens, 384, 128, 64, 1),
         is_neg=lambda: False, data_ptr=lambda: 64, element_size=lambda: 4,
     )
