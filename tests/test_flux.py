@@ -1,4 +1,5 @@
-"""`load`: one small random pipeline comes out the same from every layout, and what is no FLUX.1 is refused in one sentence.
+"""`load`: one small random pipeline comes out the same from every layout, and what is no FLUX.1 is
+refused in one sentence.
 
 Oracle of the parameters: the reference models that wrote the folder, bit for bit.
 """
@@ -51,7 +52,9 @@ def original(pristine, tmp_path) -> Path:
         shutil.copytree(pristine / name, folder / name)
     state = load_file(pristine / "transformer" / "diffusion_pytorch_model.safetensors")
     save(folder / "flux1-small.safetensors", mmdit_from_diffusers(state))
-    save(folder / "ae.safetensors", autoencoder_from_diffusers(vae((32, 32), groups=32).state_dict()))
+    save(
+        folder / "ae.safetensors", autoencoder_from_diffusers(vae((32, 32), groups=32).state_dict())
+    )
     return folder
 
 
@@ -74,31 +77,43 @@ def refused(match: str, source, error=ValueError, **keywords) -> None:
     """`load` refuses the source in one line that matches."""
     with pytest.raises(error, match=match) as caught:
         load(source, device="cpu", **keywords)
-    assert type(caught.value) is error and "\n" not in str(caught.value) and len(str(caught.value)) < 700
+    assert type(caught.value) is error
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 700
 
 
-# ------------------------------------------------------------------------------------------------------------ what loads
+# --------------------------------------------------------------------------------------- what loads
 
 
 def test_a_diffusers_folder_holds_the_reference_models(small_folder):
     flux = load(small_folder, device="cpu")
-    theirs = {"mmdit": mmdit_from_diffusers(FluxTransformer2DModel.from_pretrained(small_folder / "transformer").state_dict()),
-              "autoencoder": autoencoder_from_diffusers(AutoencoderKL.from_pretrained(small_folder / "vae").state_dict()),
-              "clip": load_file(small_folder / "text_encoder" / "model.safetensors"),
-              "t5": load_file(small_folder / "text_encoder_2" / "model.safetensors")}
+    theirs = {
+        "mmdit": mmdit_from_diffusers(
+            FluxTransformer2DModel.from_pretrained(small_folder / "transformer").state_dict()
+        ),
+        "autoencoder": autoencoder_from_diffusers(
+            AutoencoderKL.from_pretrained(small_folder / "vae").state_dict()
+        ),
+        "clip": load_file(small_folder / "text_encoder" / "model.safetensors"),
+        "t5": load_file(small_folder / "text_encoder_2" / "model.safetensors"),
+    }
     for name, state in theirs.items():
         ours = getattr(flux, name).state_dict()
         assert ours.keys() == state.keys() - {"encoder.embed_tokens.weight"}
         assert all(torch.equal(tensor, state[key]) for key, tensor in ours.items())
-    assert len(flux.clip_tokenizer.vocab) == flux.clip.config.vocab_size and flux.t5_tokenizer.max_length == 512
+    assert len(flux.clip_tokenizer.vocab) == flux.clip.config.vocab_size
+    assert flux.t5_tokenizer.max_length == 512
 
 
 def test_the_settings_come_from_the_folder(small_folder):
     guided = small_folder.name == "dev"
     assert load(small_folder, device="cpu").config == FluxConfig(
-        name=small_folder.name, size=json.loads((small_folder / "vae/config.json").read_text()).get("sample_size", 1024),
-        max_text_tokens=512 if guided else 256, few_steps=not guided,
-        schedule=Schedule(use_dynamic_shifting=guided, shift=3.0 if guided else 1.0))
+        name=small_folder.name,
+        size=json.loads((small_folder / "vae/config.json").read_text()).get("sample_size", 1024),
+        max_text_tokens=512 if guided else 256,
+        few_steps=not guided,
+        schedule=Schedule(use_dynamic_shifting=guided, shift=3.0 if guided else 1.0),
+    )
 
 
 def test_a_sharded_folder_is_the_same(folder, pristine):
@@ -106,7 +121,9 @@ def test_a_sharded_folder_is_the_same(folder, pristine):
     shutil.rmtree(folder / "transformer"), shutil.rmtree(folder / "text_encoder_2")
     model = FluxTransformer2DModel.from_pretrained(pristine / "transformer")
     model.save_pretrained(folder / "transformer", max_shard_size="200KB")
-    t5(load(pristine, device="cpu").t5.config.vocab_size).save_pretrained(folder / "text_encoder_2", max_shard_size="50KB")
+    t5(load(pristine, device="cpu").t5.config.vocab_size).save_pretrained(
+        folder / "text_encoder_2", max_shard_size="50KB"
+    )
     assert len(list(folder.glob("*/*-of-*.safetensors"))) > 6
     a, b = load(folder, device="cpu"), load(pristine, device="cpu")
     assert all(same(getattr(a, name), getattr(b, name)) for name in NETWORKS)
@@ -115,35 +132,60 @@ def test_a_sharded_folder_is_the_same(folder, pristine):
 def test_the_original_layout_is_the_same(original, pristine):
     a, b = load(original, device="cpu"), load(pristine, device="cpu")
     assert all(same(getattr(a, name), getattr(b, name)) for name in ("mmdit", "clip", "t5"))
-    assert all(torch.equal(tensor, a.autoencoder.state_dict()[name])
-               for name, tensor in autoencoder_from_diffusers(vae((32, 32), groups=32).state_dict()).items())
-    assert a.clip_tokenizer.vocab == b.clip_tokenizer.vocab and a.t5_tokenizer.pieces == b.t5_tokenizer.pieces
+    assert all(
+        torch.equal(tensor, a.autoencoder.state_dict()[name])
+        for name, tensor in autoencoder_from_diffusers(
+            vae((32, 32), groups=32).state_dict()
+        ).items()
+    )
+    assert a.clip_tokenizer.vocab == b.clip_tokenizer.vocab
+    assert a.t5_tokenizer.pieces == b.t5_tokenizer.pieces
     assert a.config == FluxConfig(name="original", size=1024, max_text_tokens=512)
 
 
 def test_loose_text_encoders_are_the_same(original, pristine):
-    """`clip_l.safetensors` and `t5xxl_fp16.safetensors` as they lie beside ComfyUI's models, with their extra tensors."""
-    tokens = load(pristine, device="cpu").clip.config.vocab_size, load(pristine, device="cpu").t5.config.vocab_size
+    """`clip_l.safetensors` and `t5xxl_fp16.safetensors` as they lie beside ComfyUI's models, with
+    their extra tensors."""
+    tokens = (
+        load(pristine, device="cpu").clip.config.vocab_size,
+        load(pristine, device="cpu").t5.config.vocab_size,
+    )
     shutil.rmtree(original / "text_encoder"), shutil.rmtree(original / "text_encoder_2")
     text, text2 = clip_state(clip(tokens[0], hidden=64)), t5_state(t5(tokens[1]))
-    save(original / "clip_l.safetensors", text | {"logit_scale": torch.tensor(4.6), "text_projection.weight": torch.ones(64, 64),
-                                                  "text_model.embeddings.position_ids": torch.arange(77)[None]})
-    save(original / "t5xxl_fp16.safetensors", text2 | {"encoder.embed_tokens.weight": text2["shared.weight"]})
-    save(original / "flux1-small.safetensors", mmdit_from_diffusers(transformer(pooled=64).state_dict()))
+    save(
+        original / "clip_l.safetensors",
+        text
+        | {
+            "logit_scale": torch.tensor(4.6),
+            "text_projection.weight": torch.ones(64, 64),
+            "text_model.embeddings.position_ids": torch.arange(77)[None],
+        },
+    )
+    save(
+        original / "t5xxl_fp16.safetensors",
+        text2 | {"encoder.embed_tokens.weight": text2["shared.weight"]},
+    )
+    save(
+        original / "flux1-small.safetensors",
+        mmdit_from_diffusers(transformer(pooled=64).state_dict()),
+    )
     flux = load(original, device="cpu")
     assert all(torch.equal(tensor, flux.clip.state_dict()[name]) for name, tensor in text.items())
     assert all(torch.equal(tensor, flux.t5.state_dict()[name]) for name, tensor in text2.items())
 
 
 def test_the_same_picture_is_painted_from_both_layouts(original, pristine, tmp_path):
-    """With everything equal but the files: heads of 16 in a single file are shared among the axes as 4, 6, 6 channels. Where
-    the weights lie in memory may change how a processor sums, and so the last bits."""
+    """With everything equal but the files: heads of 16 in a single file are shared among the axes
+    as 4, 6, 6 channels. Where the weights lie in memory may change how a processor sums, and so the
+    last bits."""
     from miniflux import generate
     other = tmp_path / "other"
     shutil.copytree(pristine, other)
     change(other / "transformer/config.json", axes_dims_rope=[4, 6, 6])
     vae((32, 32), groups=32).save_pretrained(other / "vae")
-    keywords = dict(width=64, height=48, steps=2, max_text_tokens=16, output="latents", progress=False)
+    keywords = dict(
+        width=64, height=48, steps=2, max_text_tokens=16, output="latents", progress=False
+    )
     a, b = (generate(load(path, device="cpu"), "an owl", **keywords) for path in (original, other))
     assert (a - b).abs().max() <= 1e-5 * a.abs().max()
 
@@ -178,8 +220,10 @@ def test_of_two_variants_none_is_chosen(folder):
     one = folder / "vae/diffusion_pytorch_model.safetensors"
     shutil.copy(one, folder / "vae/diffusion_pytorch_model.bf16.safetensors")
     one.rename(folder / "vae/diffusion_pytorch_model.fp16.safetensors")
-    refused("vae has the weights diffusion_pytorch_model.bf16.safetensors, .*fp16.*: leave one of them",
-            folder)
+    refused(
+        "vae has the weights diffusion_pytorch_model.bf16.safetensors, .*fp16.*: leave one of them",
+        folder,
+    )
 
 
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
@@ -187,10 +231,15 @@ def test_a_single_file_replaces_the_transformer(folder, tmp_path, prefix):
     """Bare, and as ComfyUI saves it, among tensors of other parts."""
     state = mmdit_from_diffusers(transformer(guidance=False, in_channels=128, seed=5).state_dict())
     strangers = {"vae.encoder.conv_in.weight": torch.ones(2)} if prefix else {}
-    path = save(tmp_path / "other.safetensors", {prefix + name: tensor for name, tensor in state.items()} | strangers)
+    path = save(
+        tmp_path / "other.safetensors",
+        {prefix + name: tensor for name, tensor in state.items()} | strangers,
+    )
     flux = load(folder, device="cpu", transformer=path)
     assert all(torch.equal(tensor, flux.mmdit.state_dict()[name]) for name, tensor in state.items())
-    assert flux.mmdit.config.in_channels == 128 and same(flux.autoencoder, load(folder, device="cpu").autoencoder)
+    assert flux.mmdit.config.in_channels == 128 and same(
+        flux.autoencoder, load(folder, device="cpu").autoencoder
+    )
 
 
 def test_another_transformer_keeps_the_schedule_of_the_folder(folder, tmp_path):
@@ -221,7 +270,10 @@ def test_the_schedule_can_be_asked_for(folder, tmp_path):
 def test_another_scheduler_is_refused_unless_a_schedule_is_asked_for(folder):
     """diffusers builds the class of model_index.json."""
     change(folder / "model_index.json", scheduler=["diffusers", "FlowMatchHeunDiscreteScheduler"])
-    refused("model_index.json names the scheduler 'FlowMatchHeunDiscreteScheduler', expected Flow", folder)
+    refused(
+        "model_index.json names the scheduler 'FlowMatchHeunDiscreteScheduler', expected Flow",
+        folder,
+    )
     assert load(folder, device="cpu", schedule="dev").config.schedule == Schedule()
 
 
@@ -235,7 +287,10 @@ def test_a_guided_transformer_does_not_take_schnells_schedule(tmp_path):
 
 def test_a_folder_replaces_the_transformer_too(folder, tmp_path):
     transformer(seed=9).save_pretrained(tmp_path / "finetuned")
-    assert not same(load(folder, device="cpu", transformer=tmp_path / "finetuned").mmdit, load(folder, device="cpu").mmdit)
+    assert not same(
+        load(folder, device="cpu", transformer=tmp_path / "finetuned").mmdit,
+        load(folder, device="cpu").mmdit,
+    )
     shutil.rmtree(folder / "transformer")
     assert load(folder, device="cpu", transformer=tmp_path / "finetuned").mmdit.config.depth == 2
 
@@ -244,7 +299,11 @@ def test_parts_that_a_folder_does_not_bring_are_none(folder):
     for name in ("text_encoder", "tokenizer_2", "vae", "scheduler"):
         shutil.rmtree(folder / name)
     flux = load(folder, device="cpu")
-    assert flux.clip is None and flux.t5_tokenizer is None and flux.autoencoder is None and flux.t5 and flux.clip_tokenizer
+    assert flux.clip is None
+    assert flux.t5_tokenizer is None
+    assert flux.autoencoder is None
+    assert flux.t5
+    assert flux.clip_tokenizer
     assert flux.config == FluxConfig(name="flux", max_text_tokens=512)
 
 
@@ -252,7 +311,9 @@ def test_parts_that_a_folder_does_not_bring_are_none(folder):
 def test_type_and_device_act_on_every_network(folder, dtype):
     flux = load(folder, device="cpu", dtype=dtype)
     for name in NETWORKS:
-        assert {(p.dtype, p.device.type) for p in getattr(flux, name).parameters()} == {(dtype or torch.float32, "cpu")}
+        assert {(p.dtype, p.device.type) for p in getattr(flux, name).parameters()} == {
+            (dtype or torch.float32, "cpu")
+        }
     meta = load(folder, device="meta")
     assert {(p.dtype, p.device.type) for p in meta.mmdit.parameters()} == {(torch.bfloat16, "meta")}
 
@@ -265,12 +326,15 @@ def test_folders_come_before_the_single_files_beside_them(folder):
 
 
 def test_loading_does_not_import_the_reference_libraries(pristine):
-    code = ("import sys; from miniflux import load; load(sys.argv[1], device='cpu'); "
-            "sys.exit(sorted({'diffusers', 'transformers', 'tokenizers', 'huggingface_hub'} & set(sys.modules)) or 0)")
+    code = (
+        "import sys; from miniflux import load; load(sys.argv[1], device='cpu'); "
+        "names = {'diffusers', 'transformers', 'tokenizers', 'huggingface_hub'}; "
+        "sys.exit(sorted(names & set(sys.modules)) or 0)"
+    )
     subprocess.run([sys.executable, "-c", code, str(pristine)], check=True)
 
 
-# ------------------------------------------------------------------------------------------------------------- the cache
+# ---------------------------------------------------------------------------------------- the cache
 
 
 def snapshot(cache: Path, repo: str) -> Path:
@@ -285,30 +349,42 @@ def fill(path: Path, *sources: Path) -> None:
 
 
 def test_single_files_take_their_text_encoders_from_the_cache(original, pristine, empty_cache):
-    """Oracle: the same model loaded from its folder. The official encoders' repositories hold everything at the top level:
-    a whole CLIP with its vision tower, a whole T5 with its decoder."""
+    """Oracle: the same model loaded from its folder. The official encoders' repositories hold
+    everything at the top level: a whole CLIP with its vision tower, a whole T5 with its decoder."""
     repo = snapshot(empty_cache, "black-forest-labs/FLUX.1-schnell")
     shutil.copy(original / "flux1-small.safetensors", repo / "flux1-schnell.safetensors")
     shutil.copy(original / "ae.safetensors", repo)
-    (repo / "transformer").mkdir()                                                # other programs fetch the configs alone
+    (repo / "transformer").mkdir()  # other programs fetch the configs alone
     shutil.copy(pristine / "transformer/config.json", repo / "transformer")
-    one, two = snapshot(empty_cache, "openai/clip-vit-large-patch14"), snapshot(empty_cache, "google/t5-v1_1-xxl")
-    fill(one, pristine / "tokenizer", pristine / "text_encoder"), fill(two, pristine / "tokenizer_2", pristine / "text_encoder_2")
+    one, two = (
+        snapshot(empty_cache, "openai/clip-vit-large-patch14"),
+        snapshot(empty_cache, "google/t5-v1_1-xxl"),
+    )
+    (
+        fill(one, pristine / "tokenizer", pristine / "text_encoder"),
+        fill(two, pristine / "tokenizer_2", pristine / "text_encoder_2"),
+    )
     save(one / "model.safetensors", load_file(one / "model.safetensors") | {
         "logit_scale": torch.tensor(1.0), "visual_projection.weight": torch.ones(2, 2),
         "vision_model.post_layernorm.weight": torch.ones(2)})
     text = json.loads((one / "config.json").read_text())
-    (one / "config.json").write_text(json.dumps({"architectures": ["CLIPModel"], "projection_dim": 768, "text_config": text}))
+    (one / "config.json").write_text(
+        json.dumps({"architectures": ["CLIPModel"], "projection_dim": 768, "text_config": text})
+    )
     save(two / "model.safetensors", load_file(two / "model.safetensors") | {
         "lm_head.weight": torch.ones(2), "decoder.final_layer_norm.weight": torch.ones(2)})
     change(two / "config.json", architectures=["T5ForConditionalGeneration"])
     a, b = load("schnell", device="cpu"), load(pristine, device="cpu")
-    assert all(same(getattr(a, name), getattr(b, name)) for name in ("mmdit", "clip", "t5")) and a.autoencoder
-    assert a.clip_tokenizer.vocab == b.clip_tokenizer.vocab and a.t5_tokenizer.pieces == b.t5_tokenizer.pieces
+    assert all(same(getattr(a, name), getattr(b, name)) for name in ("mmdit", "clip", "t5"))
+    assert a.autoencoder
+    assert a.clip_tokenizer.vocab == b.clip_tokenizer.vocab
+    assert a.t5_tokenizer.pieces == b.t5_tokenizer.pieces
     assert a.config.name == "schnell"
 
 
-def test_a_cached_tokenizer_without_weights_brings_the_tokenizer_alone(original, pristine, empty_cache):
+def test_a_cached_tokenizer_without_weights_brings_the_tokenizer_alone(
+    original, pristine, empty_cache
+):
     """Other programs fetch only the tokenizer from the encoder's repository."""
     for name in ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"):
         shutil.rmtree(original / name)
@@ -322,54 +398,89 @@ def test_a_cached_text_encoder_in_a_pickle_is_refused(original, pristine, empty_
     shutil.rmtree(original / "text_encoder_2"), shutil.rmtree(original / "tokenizer_2")
     path = snapshot(empty_cache, "google/t5-v1_1-xxl")
     fill(path, pristine / "tokenizer_2")
-    shutil.copy(pristine / "text_encoder_2/config.json", path), torch.save({}, path / "pytorch_model.bin")
-    refused("pytorch_model.bin is a pickle, which can run any code when it is opened: convert it to safetensors", original)
+    (
+        shutil.copy(pristine / "text_encoder_2/config.json", path),
+        torch.save({}, path / "pytorch_model.bin"),
+    )
+    refused(
+        "pytorch_model.bin is a pickle, which can run any code when it is opened: convert",
+        original,
+    )
 
 
-def test_a_folder_of_the_diffusers_layout_takes_nothing_from_the_cache(folder, pristine, empty_cache):
-    fill(snapshot(empty_cache, "openai/clip-vit-large-patch14"), pristine / "tokenizer", pristine / "text_encoder")
+def test_a_folder_of_the_diffusers_layout_takes_nothing_from_the_cache(
+    folder, pristine, empty_cache
+):
+    fill(
+        snapshot(empty_cache, "openai/clip-vit-large-patch14"),
+        pristine / "tokenizer",
+        pristine / "text_encoder",
+    )
     shutil.rmtree(folder / "text_encoder")
     assert load(folder, device="cpu").clip is None
 
 
-# -------------------------------------------------------------------------------------------------------- what is refused
+# ---------------------------------------------------------------------------------- what is refused
 
 
 def test_a_source_that_is_not_there_is_refused(tmp_path):
-    refused("'.*/nothing' is neither a folder nor a known model: expected .*schnell, dev, .*a Hub id such as black-forest-labs/",
-            tmp_path / "nothing", FileNotFoundError)
+    refused(
+        "'.*/nothing' is neither a folder nor a known model: expected .*schnell, dev, .*a Hub id",
+        tmp_path / "nothing",
+        FileNotFoundError,
+    )
     refused("'tinny' is neither a folder nor a known model", "tinny", FileNotFoundError)
     refused("someone/model is not in .*pip install", "someone/model", FileNotFoundError)
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path):
-    refused(r"holds no FLUX.1 model: it has no folder transformer/ \(diffusers layout\) or file flux1-\*.safetensors", tmp_path)
+    refused(
+        r"holds no FLUX.1 model: it has no folder transformer/ .* or file flux1-\*.safetensors",
+        tmp_path,
+    )
 
 
 def test_a_file_is_no_source(original):
-    refused("flux1-small.safetensors is a file without a whole model: load a folder, and give a single file as transformer=",
-            original / "flux1-small.safetensors")
+    refused(
+        "flux1-small.safetensors is a file without a whole model: load a folder, and give",
+        original / "flux1-small.safetensors",
+    )
 
 
 def test_a_transformer_that_is_not_there_is_refused(folder):
-    refused("the transformer nowhere.safetensors does not exist", folder, FileNotFoundError, transformer="nowhere.safetensors")
+    refused(
+        "the transformer nowhere.safetensors does not exist",
+        folder,
+        FileNotFoundError,
+        transformer="nowhere.safetensors",
+    )
 
 
 def test_several_transformers_in_a_folder_have_to_be_chosen_from(original):
     shutil.copy(original / "flux1-small.safetensors", original / "flux1-a.safetensors")
-    refused("has the transformers flux1-a.safetensors, flux1-small.safetensors: choose with transformer=", original)
+    refused(
+        "has the transformers flux1-a.safetensors, flux1-small.safetensors: choose",
+        original,
+    )
     assert load(original, device="cpu", transformer=original / "flux1-a.safetensors")
 
 
 def test_other_models_are_refused(folder):
     change(folder / "model_index.json", _class_name="StableDiffusionPipeline")
-    refused("model_index.json describes a 'StableDiffusionPipeline', expected a FluxPipeline", folder)
+    refused(
+        "model_index.json describes a 'StableDiffusionPipeline', expected a FluxPipeline", folder
+    )
     change(folder / "model_index.json", _class_name="FluxFillPipeline")
     change(folder / "transformer/config.json", _class_name="SD3Transformer2DModel")
-    refused("transformer/config.json describes a 'SD3Transformer2DModel', expected a FluxTransformer2DModel", folder)
+    refused(
+        "transformer/config.json describes a 'SD3Transformer2DModel', expected a Flux",
+        folder,
+    )
 
 
-@pytest.mark.parametrize("part", ["transformer", "vae", "text_encoder", "text_encoder_2", "scheduler"])
+@pytest.mark.parametrize(
+    "part", ["transformer", "vae", "text_encoder", "text_encoder_2", "scheduler"]
+)
 @pytest.mark.parametrize("text", ["", "{", "[1]", "3"])
 def test_a_config_that_is_no_json_object_is_refused(folder, part, text):
     path = folder / part / ("scheduler_config.json" if part == "scheduler" else "config.json")
@@ -377,25 +488,55 @@ def test_a_config_that_is_no_json_object_is_refused(folder, part, text):
     refused(f"{part}/.*config.json (is not valid JSON|holds a)", folder)
 
 
-@pytest.mark.parametrize("part, values, message", [
-    ("scheduler/scheduler_config", {"shift": "3"}, "shift is '3', expected a positive number"),
-    ("scheduler/scheduler_config", {"shift": None}, "shift is None"), ("scheduler/scheduler_config", {"shift": 0}, "shift is 0"),
-    ("scheduler/scheduler_config", {"use_dynamic_shifting": "no"}, "use_dynamic_shifting is 'no', expected true or false"),
-    ("vae/config", {"sample_size": [512, 512]}, "sample_size is .512, 512., expected a whole number"),
-    ("vae/config", {"sample_size": -512}, "sample_size is -512"),
-    ("transformer/config", {"num_layers": "2"}, "num_layers is '2'"),
-    ("transformer/config", {"num_layers": 3}, "is not a MMDiT of these sizes: missing double_blocks.2"),
-    ("text_encoder/config", {"num_attention_heads": 0}, "num_attention_heads is 0"),
-    ("text_encoder_2/config", {"relative_attention_max_distance": -1}, "relative_attention_max_distance is -1"),
-], ids=str)
+@pytest.mark.parametrize(
+    "part, values, message",
+    [
+        ("scheduler/scheduler_config", {"shift": "3"}, "shift is '3', expected a positive number"),
+        ("scheduler/scheduler_config", {"shift": None}, "shift is None"),
+        ("scheduler/scheduler_config", {"shift": 0}, "shift is 0"),
+        (
+            "scheduler/scheduler_config",
+            {"use_dynamic_shifting": "no"},
+            "use_dynamic_shifting is 'no', expected true or false",
+        ),
+        (
+            "vae/config",
+            {"sample_size": [512, 512]},
+            "sample_size is .512, 512., expected a whole number",
+        ),
+        ("vae/config", {"sample_size": -512}, "sample_size is -512"),
+        ("transformer/config", {"num_layers": "2"}, "num_layers is '2'"),
+        (
+            "transformer/config",
+            {"num_layers": 3},
+            "is not a MMDiT of these sizes: missing double_blocks.2",
+        ),
+        ("text_encoder/config", {"num_attention_heads": 0}, "num_attention_heads is 0"),
+        (
+            "text_encoder_2/config",
+            {"relative_attention_max_distance": -1},
+            "relative_attention_max_distance is -1",
+        ),
+    ],
+    ids=str,
+)
 def test_a_config_with_a_value_that_cannot_be_is_refused(folder, part, values, message):
     change(folder / f"{part}.json", **values)
     refused(f"{part.split('/')[0]}.*{message}", folder)
 
 
-@pytest.mark.parametrize("part, file", [
-    ("transformer", "config.json"), ("vae", "config.json"), ("text_encoder", "config.json"),
-    ("text_encoder", "model.safetensors"), ("tokenizer", "vocab.json"), ("tokenizer", "merges.txt"), ("vae", "diffusion_pytorch_model.safetensors")])
+@pytest.mark.parametrize(
+    "part, file",
+    [
+        ("transformer", "config.json"),
+        ("vae", "config.json"),
+        ("text_encoder", "config.json"),
+        ("text_encoder", "model.safetensors"),
+        ("tokenizer", "vocab.json"),
+        ("tokenizer", "merges.txt"),
+        ("vae", "diffusion_pytorch_model.safetensors"),
+    ],
+)
 def test_a_missing_file_is_named(folder, part, file):
     (folder / part / file).unlink()
     refused(f"{part}/{file}", folder, FileNotFoundError)
@@ -421,13 +562,21 @@ def test_parts_of_other_widths_do_not_belong_together(folder, pristine):
 
 def test_a_transformer_for_other_latents_does_not_belong_to_the_autoencoder(folder, tmp_path):
     state = mmdit_from_diffusers(transformer().state_dict())
-    state |= {name: state[name][:32] for name in ("final_layer.linear.weight", "final_layer.linear.bias")}
-    refused("latent channels x 4 is 64, expected 32", folder, transformer=save(tmp_path / "a.safetensors", state))
+    state |= {
+        name: state[name][:32] for name in ("final_layer.linear.weight", "final_layer.linear.bias")
+    }
+    refused(
+        "latent channels x 4 is 64, expected 32",
+        folder,
+        transformer=save(tmp_path / "a.safetensors", state),
+    )
 
 
 def test_a_tokenizer_larger_than_the_vocabulary_is_refused(folder, pristine):
-    for encoder, smaller, message in (("text_encoder", clip(100), "CLIP's largest token is [0-9]+, expected at most 99"),
-                                      ("text_encoder_2", t5(50), "T5's largest token is [0-9]+, expected at most 49")):
+    for encoder, smaller, message in (
+        ("text_encoder", clip(100), "CLIP's largest token is [0-9]+, expected at most 99"),
+        ("text_encoder_2", t5(50), "T5's largest token is [0-9]+, expected at most 49"),
+    ):
         shutil.rmtree(folder / encoder)
         smaller.save_pretrained(folder / encoder)
         refused(message, folder)
@@ -461,13 +610,24 @@ def test_a_variant_is_a_shipped_model_with_a_lora_merged_for_good(tmp_path):
     save_file({"img_in.lora_A.weight": a, "img_in.lora_B.weight": b}, tmp_path / "lora.safetensors")
     (tmp_path / "variant.json").write_text('{"base": "tiny"}')
     base, variant = load("tiny", device="cpu"), load(tmp_path, device="cpu")
-    assert variant.config.name == tmp_path.name and variant.mmdit.config.in_channels == 384 and variant.loras is None
+    assert variant.config.name == tmp_path.name
+    assert variant.mmdit.config.in_channels == 384
+    assert variant.loras is None
     expected = torch.nn.functional.pad(base.mmdit.img_in.weight, (0, 320)) + b @ a
     assert torch.allclose(variant.mmdit.img_in.weight, expected, atol=1e-6)
-    picture, = fill(variant, "an owl", torch.full((3, 128, 128), 0.5), torch.ones(128, 128), steps=1, progress=False)
+    (picture,) = fill(
+        variant,
+        "an owl",
+        torch.full((3, 128, 128), 0.5),
+        torch.ones(128, 128),
+        steps=1,
+        progress=False,
+    )
     assert picture.size == (128, 128)
     with pytest.raises(ValueError, match="no LoRA to remove"):
         remove_lora(variant)
     (tmp_path / "variant.json").write_text('{"base": "../tiny"}')
-    with pytest.raises(ValueError, match="names the base '../tiny': expected a shipped model such as tiny"):
+    with pytest.raises(
+        ValueError, match="names the base '../tiny': expected a shipped model such as tiny"
+    ):
         load(tmp_path, device="cpu")

@@ -91,20 +91,31 @@ def test_one_step_goes_from_noise_to_the_image_whatever_the_terminal():
     assert schedule(1, 64, Schedule(shift_terminal=0.1)) == [1.0, 0.0]
 
 
-@pytest.mark.parametrize("values, message", [
-    ({"_class_name": "FlowMatchHeunDiscreteScheduler"},
-     "describes a 'FlowMatchHeunDiscreteScheduler', expected a FlowMatchEulerDiscreteScheduler"),
-    ({"num_train_timesteps": 500}, "num_train_timesteps is 500, expected 1000"),
-    ({"invert_sigmas": True}, "invert_sigmas is True, expected False"),
-    ({"stochastic_sampling": True}, "stochastic_sampling is True, expected False"),
-    ({"use_flow_sigmas": True}, "use_flow_sigmas is True, expected False"),
-    ({"sigma_min": 0.1}, "sigma_min is 0.1, expected None"),
-    ({"time_shift_type": "cubic"}, "time_shift_type is 'cubic', expected 'exponential' or 'linear'"),
-    ({"max_image_seq_len": 256}, "base_image_seq_len and max_image_seq_len are both 256"),
-    ({"shift_terminal": 1.0}, "shift_terminal is 1.0, expected a time below 1"),
-    ({"max_shift": "much"}, "max_shift is 'much', expected a number"),
-    ({"use_karras_sigmas": True, "use_beta_sigmas": True}, "the spacings karras and beta, expected one"),
-])
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        (
+            {"_class_name": "FlowMatchHeunDiscreteScheduler"},
+            "describes a 'FlowMatchHeunDiscreteScheduler', expected a FlowMatchEuler",
+        ),
+        ({"num_train_timesteps": 500}, "num_train_timesteps is 500, expected 1000"),
+        ({"invert_sigmas": True}, "invert_sigmas is True, expected False"),
+        ({"stochastic_sampling": True}, "stochastic_sampling is True, expected False"),
+        ({"use_flow_sigmas": True}, "use_flow_sigmas is True, expected False"),
+        ({"sigma_min": 0.1}, "sigma_min is 0.1, expected None"),
+        (
+            {"time_shift_type": "cubic"},
+            "time_shift_type is 'cubic', expected 'exponential' or 'linear'",
+        ),
+        ({"max_image_seq_len": 256}, "base_image_seq_len and max_image_seq_len are both 256"),
+        ({"shift_terminal": 1.0}, "shift_terminal is 1.0, expected a time below 1"),
+        ({"max_shift": "much"}, "max_shift is 'much', expected a number"),
+        (
+            {"use_karras_sigmas": True, "use_beta_sigmas": True},
+            "the spacings karras and beta, expected one",
+        ),
+    ],
+)
 def test_a_scheduler_that_is_not_followed_is_refused_by_name(tmp_path, values, message):
     path = write(tmp_path / "scheduler_config.json", **values)
     with pytest.raises(ValueError, match=message) as caught:
@@ -141,7 +152,9 @@ def test_the_fixed_values_are_those_of_the_reference_models():
     theirs = dict(inspect.signature(FluxTransformer2DModel).parameters)
     assert all(theirs[key].default == value for key, value in TRANSFORMER.fixed.items())
     theirs = dict(inspect.signature(FlowMatchEulerDiscreteScheduler).parameters)
-    assert all(theirs[key].default == value for key, value in SCHEDULER.fixed.items() if key in theirs)
+    assert all(
+        theirs[key].default == value for key, value in SCHEDULER.fixed.items() if key in theirs
+    )
 
 
 # ----------------------------------------------------------------------------------- text encoders
@@ -160,7 +173,9 @@ def test_clip_follows_every_setting_of_its_config(tmp_path, settings):
     torch.manual_seed(0)
     theirs = CLIPTextModel(CLIPTextConfig(**TINY_CLIP | {"eos_token_id": 48} | settings)).eval()
     theirs.save_pretrained(tmp_path)
-    ids = torch.tensor([[47, 3, 49, 4, 48, 48, 48], [47, 45, 3, 0, 48, 48, 48], [47, 48, 3, 4, 45, 0, 2]])
+    ids = torch.tensor(
+        [[47, 3, 49, 4, 48, 48, 48], [47, 45, 3, 0, 48, 48, 48], [47, 48, 3, 4, 45, 0, 2]]
+    )
     expected = theirs(ids).pooler_output
     assert torch.allclose(load_clip(tmp_path)(ids), expected, atol=1e-6)
 
@@ -169,9 +184,17 @@ def test_without_a_named_end_the_vocabularys_is_taken():
     assert clip_config({}, Path("x")).eos_token_id == CLIPTextConfig().eos_token_id == 49407
 
 
-@pytest.mark.parametrize("values", [
-    {"feed_forward_proj": "gated-silu"}, {"feed_forward_proj": "relu"}, {"dense_act_fn": "gelu"},
-    {"layer_norm_epsilon": 1e-5}, {"feed_forward_proj": "gated-gelu", "dense_act_fn": "silu"}], ids=str)
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"feed_forward_proj": "gated-silu"},
+        {"feed_forward_proj": "relu"},
+        {"dense_act_fn": "gelu"},
+        {"layer_norm_epsilon": 1e-5},
+        {"feed_forward_proj": "gated-gelu", "dense_act_fn": "silu"},
+    ],
+    ids=str,
+)
 def test_a_t5_that_computes_otherwise_is_refused(values):
     with pytest.raises(ValueError, match="^x: .*expected"):
         check_t5(values, Path("x"))

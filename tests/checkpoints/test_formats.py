@@ -1,4 +1,5 @@
-"""The reader of safetensors files: equal to the safetensors library, sparing with memory, and hard to fool."""
+"""The reader of safetensors files: equal to the safetensors library, sparing with memory, and hard
+to fool."""
 
 import gc
 import json
@@ -41,16 +42,23 @@ def refusal(path: Path) -> str:
     return message
 
 
-# ---------------------------------------------------------------------------------------------------------- what is read
+# ------------------------------------------------------------------------------------- what is read
 
 
 def test_tensors_of_every_type_equal_those_the_safetensors_library_reads(tmp_path):
     """Oracle: safetensors.torch.load_file; empty tensors and scalars included."""
     numbers = torch.randn(6, 5, generator=torch.Generator().manual_seed(0)) * 20
     tensors = {str(dtype): numbers.to(dtype) for dtype in formats.DTYPES.values()}
-    tensors |= {"scalar": torch.tensor(3.5), "empty": torch.empty(0, 4), "one": torch.ones(1, 1, 1, 7)}
+    tensors |= {
+        "scalar": torch.tensor(3.5),
+        "empty": torch.empty(0, 4),
+        "one": torch.ones(1, 1, 1, 7),
+    }
     save_file(tensors, tmp_path / "a.safetensors", metadata={"format": "pt"})
-    ours, theirs = read_safetensors(tmp_path / "a.safetensors"), load_file(tmp_path / "a.safetensors")
+    ours, theirs = (
+        read_safetensors(tmp_path / "a.safetensors"),
+        load_file(tmp_path / "a.safetensors"),
+    )
     assert ours.keys() == theirs.keys() == tensors.keys()
     for name, tensor in theirs.items():
         assert ours[name].dtype == tensor.dtype and ours[name].shape == tensor.shape
@@ -59,7 +67,8 @@ def test_tensors_of_every_type_equal_those_the_safetensors_library_reads(tmp_pat
 
 @pytest.mark.parametrize("padding", range(4))
 def test_a_header_of_odd_length_is_read(tmp_path, padding):
-    """Oracle: by hand. The library pads headers to multiples of 8; the format does not ask for it."""
+    """Oracle: by hand. The library pads headers to multiples of 8; the format does not ask for
+    it."""
     header = json.dumps({"a": ENTRY}).encode() + b" " * padding
     path = write(tmp_path / "a.safetensors", header, struct.pack("<6f", 1, 2, 3, 4, 5, 6))
     assert read_safetensors(path)["a"].tolist() == [[1, 2, 3], [4, 5, 6]]
@@ -73,18 +82,27 @@ def test_a_change_in_memory_is_not_written_back(tmp_path):
 
 
 def test_pieces_of_the_file_hold_the_tensors_whatever_their_size(tmp_path, monkeypatch):
-    """Oracle: the library. Pieces of 1000 bytes: tensors that share one, that need more than one, that end with the file."""
+    """Oracle: the library. Pieces of 1000 bytes: tensors that share one, that need more than one,
+    that end with the file."""
     monkeypatch.setattr(formats, "SPAN", 1000)
-    tensors = {f"t{i}": torch.randn(size) for i, size in enumerate([1, 100, 150, 0, 251, 2000, 249, 1, 250, 7])}
+    tensors = {
+        f"t{i}": torch.randn(size)
+        for i, size in enumerate([1, 100, 150, 0, 251, 2000, 249, 1, 250, 7])
+    }
     save_file(tensors, tmp_path / "a.safetensors")
     ours = read_safetensors(tmp_path / "a.safetensors")
-    assert ours.keys() == tensors.keys() and all(torch.equal(ours[name], tensor) for name, tensor in tensors.items())
+    assert ours.keys() == tensors.keys() and all(
+        torch.equal(ours[name], tensor) for name, tensor in tensors.items()
+    )
 
 
 def test_a_file_of_many_tensors_needs_few_open_files(tmp_path):
-    """A process may open 1024 files on many systems, 256 on some, and FLUX.1-dev has 1160 tensors."""
+    """A process may open 1024 files on many systems, 256 on some, and FLUX.1-dev has 1160
+    tensors."""
     resource = pytest.importorskip("resource")
-    save_file({f"t{i}": torch.full((300,), float(i)) for i in range(1500)}, tmp_path / "a.safetensors")
+    save_file(
+        {f"t{i}": torch.full((300,), float(i)) for i in range(1500)}, tmp_path / "a.safetensors"
+    )
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, 256), hard))
     try:
@@ -101,7 +119,10 @@ def test_tensors_are_not_in_memory_before_they_are_used(tmp_path):
 
     def resident() -> int:
         gc.collect()
-        sizes = re.findall(rf"{re.escape(str(path))}\n(?:.*\n)*?Rss:\s*(\d+) kB", Path("/proc/self/smaps").read_text())
+        sizes = re.findall(
+            rf"{re.escape(str(path))}\n(?:.*\n)*?Rss:\s*(\d+) kB",
+            Path("/proc/self/smaps").read_text(),
+        )
         return sum(map(int, sizes)) // 1000
 
     save_file({f"t{i}": torch.full((2_500_000,), float(i)) for i in range(10)}, path)
@@ -113,7 +134,7 @@ def test_tensors_are_not_in_memory_before_they_are_used(tmp_path):
     assert resident() == 0
 
 
-# --------------------------------------------------------------------------------------------------------- what is refused
+# ---------------------------------------------------------------------------------- what is refused
 
 
 @pytest.mark.parametrize("length", [0, 1, 7, 8, 9, 60, -25, -24, -20, -1], ids=str)
@@ -125,30 +146,83 @@ def test_a_truncated_file_is_refused(tmp_path, length):
 
 
 def test_a_file_with_more_data_than_tensors_is_refused(tmp_path):
-    assert "its tensors take 24 bytes, it has 25" in refusal(write(tmp_path / "a.safetensors", {"a": ENTRY}, bytes(25)))
+    assert "its tensors take 24 bytes, it has 25" in refusal(
+        write(tmp_path / "a.safetensors", {"a": ENTRY}, bytes(25))
+    )
 
 
-@pytest.mark.parametrize("change", [
-    {"data_offsets": [0, 28]}, {"data_offsets": [4, 24]}, {"data_offsets": [24, 0]}, {"data_offsets": [-24, 0]},
-    {"data_offsets": [0, 2**70]}, {"data_offsets": [0.0, 24.0]}, {"data_offsets": [False, 24]}, {"data_offsets": [0, 24, 24]},
-    {"data_offsets": "02"}, {"data_offsets": None}, {"data_offsets": {"0": 1, "24": 2}},
-    {"shape": [2, -3]}, {"shape": [-2, -3]}, {"shape": [2**40, 2**40]}, {"shape": [2.0, 3]}, {"shape": [True, 6]},
-    {"shape": "23"}, {"shape": None}, {"shape": {}}, {"shape": 6}, {"shape": [[2, 3]]}, {"shape": [2, 3] + [1] * 100},
-    {"shape": [0, 2**62, 2**62], "data_offsets": [0, 0]}, {"dtype": "F31"}, {"dtype": None}, {"dtype": ["F32"]}, {"dtype": "F64"},
-], ids=str)
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"data_offsets": [0, 28]},
+        {"data_offsets": [4, 24]},
+        {"data_offsets": [24, 0]},
+        {"data_offsets": [-24, 0]},
+        {"data_offsets": [0, 2**70]},
+        {"data_offsets": [0.0, 24.0]},
+        {"data_offsets": [False, 24]},
+        {"data_offsets": [0, 24, 24]},
+        {"data_offsets": "02"},
+        {"data_offsets": None},
+        {"data_offsets": {"0": 1, "24": 2}},
+        {"shape": [2, -3]},
+        {"shape": [-2, -3]},
+        {"shape": [2**40, 2**40]},
+        {"shape": [2.0, 3]},
+        {"shape": [True, 6]},
+        {"shape": "23"},
+        {"shape": None},
+        {"shape": {}},
+        {"shape": 6},
+        {"shape": [[2, 3]]},
+        {"shape": [2, 3] + [1] * 100},
+        {"shape": [0, 2**62, 2**62], "data_offsets": [0, 0]},
+        {"dtype": "F31"},
+        {"dtype": None},
+        {"dtype": ["F32"]},
+        {"dtype": "F64"},
+    ],
+    ids=str,
+)
 def test_an_entry_that_cannot_be_is_refused(tmp_path, change):
     refusal(write(tmp_path / "a.safetensors", {"a": ENTRY | change}))
 
 
-@pytest.mark.parametrize("header", [
-    {"a": ENTRY, "b": ENTRY},                                                                      # on top of each other
-    {"a": ENTRY | {"shape": [4], "data_offsets": [0, 16]}, "b": ENTRY | {"shape": [4], "data_offsets": [8, 24]}},  # overlapping
-    {"a": ENTRY | {"shape": [1], "data_offsets": [0, 4]}, "b": ENTRY | {"shape": [1], "data_offsets": [20, 24]}},  # a gap
-    {"a": 3}, {"a": None}, {"a": {}}, [], ["a"], {"a\nb": ENTRY}, {"a" * 300: ENTRY}, {"\ud800": ENTRY},
-    b"", b"{", b"null", b"\xff\xfe\x00", b"[" * 100_000, b'{"a":' * 100_000, b'{"a": NaN}', b'{"a": ' + b"9" * 5000 + b"}",
-    json.dumps({"a": ENTRY})[:-1].encode() + b", " + json.dumps({"a": ENTRY})[1:].encode(),        # the same name twice
-    random.Random(0).randbytes(500),
-], ids=lambda header: str(header)[:40])
+@pytest.mark.parametrize(
+    "header",
+    [
+        {"a": ENTRY, "b": ENTRY},  # on top of each other
+        {
+            "a": ENTRY | {"shape": [4], "data_offsets": [0, 16]},
+            "b": ENTRY | {"shape": [4], "data_offsets": [8, 24]},
+        },  # overlapping
+        {
+            "a": ENTRY | {"shape": [1], "data_offsets": [0, 4]},
+            "b": ENTRY | {"shape": [1], "data_offsets": [20, 24]},
+        },  # a gap
+        {"a": 3},
+        {"a": None},
+        {"a": {}},
+        [],
+        ["a"],
+        {"a\nb": ENTRY},
+        {"a" * 300: ENTRY},
+        {"\ud800": ENTRY},
+        b"",
+        b"{",
+        b"null",
+        b"\xff\xfe\x00",
+        b"[" * 100_000,
+        b'{"a":' * 100_000,
+        b'{"a": NaN}',
+        b'{"a": ' + b"9" * 5000 + b"}",
+        json.dumps({"a": ENTRY})[:-1].encode()
+        + b", "
+        + json.dumps({"a": ENTRY})[1:].encode(),  # the same name twice
+        random.Random(0).randbytes(500),
+    ],
+    ids=lambda header: str(header)[:40],
+)
 def test_a_header_that_cannot_be_is_refused(tmp_path, header):
     refusal(write(tmp_path / "a.safetensors", header))
 
@@ -159,9 +233,15 @@ def test_a_header_longer_than_the_format_allows_is_refused_unread(tmp_path):
 
 
 def test_two_thousand_damaged_headers_are_refused_or_read_within_the_file(tmp_path):
-    """Random changes of bytes, digits and structure: never another exception, never a tensor that is not in the file."""
+    """Random changes of bytes, digits and structure: never another exception, never a tensor that
+    is not in the file."""
     rng, path = random.Random(7), tmp_path / "a.safetensors"
-    tensors = {"weight": torch.ones(3, 4), "bias": torch.ones(4).half(), "ids": torch.arange(5), "none": torch.empty(2, 0)}
+    tensors = {
+        "weight": torch.ones(3, 4),
+        "bias": torch.ones(4).half(),
+        "ids": torch.arange(5),
+        "none": torch.empty(2, 0),
+    }
     save_file(tensors, path, metadata={"format": "pt"})
     whole = path.read_bytes()
     end = 8 + int.from_bytes(whole[:8], "little")
@@ -169,18 +249,25 @@ def test_two_thousand_damaged_headers_are_refused_or_read_within_the_file(tmp_pa
     for _ in range(2000):
         header = bytearray(whole[8:end])
         for _ in range(rng.randint(1, 3)):
-            at, digits = rng.randrange(len(header)), str(rng.randrange(10**rng.randint(1, 25))).encode()
+            at, digits = (
+                rng.randrange(len(header)),
+                str(rng.randrange(10 ** rng.randint(1, 25))).encode(),
+            )
             symbol = bytes([rng.choice(b'0123456789-.,:[]{}"eE')])
             new = rng.choice([rng.randbytes(1), symbol, digits, b"null", b"true", b"[]", b""])
             header[at:at + rng.randint(0, 2)] = new
-        length = len(header) if rng.random() < 0.8 else rng.choice([0, len(header) - 1, len(header) + 1, rng.getrandbits(64)])
+        length = (
+            len(header)
+            if rng.random() < 0.8
+            else rng.choice([0, len(header) - 1, len(header) + 1, rng.getrandbits(64)])
+        )
         with open(path, "r+b") as file:
             file.write(struct.pack("<Q", length) + header + whole[end:])
             file.truncate()
         try:
             read = read_safetensors(path)
             assert sum(tensor.nbytes for tensor in read.values()) <= len(whole)
-            [tensor.double().sum() for tensor in read.values()]                     # every byte can be read
+            [tensor.double().sum() for tensor in read.values()]  # every byte can be read
         except ValueError as error:
             refused += str(path) in str(error)
     assert 1000 < refused < 2000
@@ -200,30 +287,42 @@ def test_nothing_is_ever_unpickled(tmp_path, name):
         read_sharded(tmp_path, "model")
 
 
-# ----------------------------------------------------------------------------------------------------------------- shards
+# ------------------------------------------------------------------------------------------- shards
 
 
 def shards(folder: Path, weight_map) -> Path:
     """Two shards a.safetensors (tensor x) and b.safetensors (tensor y) with an index."""
     save_file({"x": torch.ones(2)}, folder / "a.safetensors")
     save_file({"y": torch.zeros(3)}, folder / "b.safetensors")
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": weight_map})
+    )
     return folder
 
 
 def test_shards_are_joined(tmp_path):
     tensors = read_sharded(shards(tmp_path, {"x": "a.safetensors", "y": "b.safetensors"}), "model")
-    assert {name: tensor.tolist() for name, tensor in tensors.items()} == {"x": [1, 1], "y": [0, 0, 0]}
+    assert {name: tensor.tolist() for name, tensor in tensors.items()} == {
+        "x": [1, 1],
+        "y": [0, 0, 0],
+    }
 
 
-@pytest.mark.parametrize("shard", ["../a.safetensors", "/etc/passwd", "..", "", "sub/a.safetensors", "a.bin"])
+@pytest.mark.parametrize(
+    "shard", ["../a.safetensors", "/etc/passwd", "..", "", "sub/a.safetensors", "a.bin"]
+)
 def test_an_index_that_names_a_file_outside_its_folder_is_refused(tmp_path, shard):
-    with pytest.raises(ValueError, match=f"index.json names the file '{shard}': expected a safetensors file within"):
+    with pytest.raises(
+        ValueError, match=f"index.json names the file '{shard}': expected a safetensors file within"
+    ):
         read_sharded(shards(tmp_path, {"x": shard, "y": "b.safetensors"}), "model")
 
 
 def test_a_missing_shard_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="c.safetensors does not exist, though model.safetensors.index.json names it"):
+    with pytest.raises(
+        FileNotFoundError,
+        match="c.safetensors does not exist, though model.safetensors.index.json names it",
+    ):
         read_sharded(shards(tmp_path, {"x": "a.safetensors", "z": "c.safetensors"}), "model")
 
 
@@ -233,19 +332,30 @@ def test_tensors_that_the_shards_lack_are_listed(tmp_path):
         read_sharded(shards(tmp_path, {"x": "a.safetensors"} | names), "model")
 
 
-@pytest.mark.parametrize("weight_map", [None, [], "a", {"x": 1}, {"x": None}, {"x": ["a.safetensors"]}], ids=str)
+@pytest.mark.parametrize(
+    "weight_map", [None, [], "a", {"x": 1}, {"x": None}, {"x": ["a.safetensors"]}], ids=str
+)
 def test_an_index_without_a_map_is_refused(tmp_path, weight_map):
     with pytest.raises(ValueError, match="has no weight_map"):
         read_sharded(shards(tmp_path, weight_map), "model")
 
 
-# ------------------------------------------------------------------------------------------------------------------- JSON
+# --------------------------------------------------------------------------------------------- JSON
 
 
-@pytest.mark.parametrize("text, message", [
-    ("", "is not valid JSON"), ("{", "is not valid JSON"), ("[" * 100_000, "is not valid JSON"), ("\udcff", "is not valid JSON"),
-    ("[]", "holds a list, expected a JSON object"), ("3", "holds a int"), ("null", "holds a NoneType"),
-], ids=lambda text: text[:9])
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("", "is not valid JSON"),
+        ("{", "is not valid JSON"),
+        ("[" * 100_000, "is not valid JSON"),
+        ("\udcff", "is not valid JSON"),
+        ("[]", "holds a list, expected a JSON object"),
+        ("3", "holds a int"),
+        ("null", "holds a NoneType"),
+    ],
+    ids=lambda text: text[:9],
+)
 def test_what_is_no_json_object_is_refused(tmp_path, text, message):
     (tmp_path / "config.json").write_bytes(text.encode("utf-8", "surrogateescape"))
     with pytest.raises(ValueError, match=f"config.json {message}"):
@@ -263,15 +373,26 @@ def test_a_list_of_names_stays_short():
     assert listing(["a\nb", "c" * 1000]) == r"a\nb, " + "c" * 100
 
 
-# --------------------------------------------------------------------------------------------------------- mapped again
+# ------------------------------------------------------------------------------------- mapped again
 
 
-@pytest.mark.parametrize("tensor", [
-    torch.randn(30, 50), torch.randn(50, 30).t(), torch.randn(7, dtype=torch.bfloat16), torch.randn(4, 3, 3, 3)[:, ::2],
-    torch.randint(0, 255, (5, 9), dtype=torch.uint8), torch.randn(3, 5).to(torch.float8_e4m3fn)], ids=lambda t: f"{t.dtype}{list(t.shape)}")
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.randn(30, 50),
+        torch.randn(50, 30).t(),
+        torch.randn(7, dtype=torch.bfloat16),
+        torch.randn(4, 3, 3, 3)[:, ::2],
+        torch.randint(0, 255, (5, 9), dtype=torch.uint8),
+        torch.randn(3, 5).to(torch.float8_e4m3fn),
+    ],
+    ids=lambda t: f"{t.dtype}{list(t.shape)}",
+)
 def test_spilled_tensors_have_the_same_numbers_and_the_same_order_in_memory(tensor):
     first, mapped = formats.spill([[torch.ones(3)], [tensor]])
-    assert torch.equal(mapped.float(), tensor.float()) and mapped.dtype == tensor.dtype and torch.equal(first, torch.ones(3))
+    assert torch.equal(mapped.float(), tensor.float())
+    assert mapped.dtype == tensor.dtype
+    assert torch.equal(first, torch.ones(3))
     assert mapped.stride() == tensor.stride() or not tensor.is_contiguous() and tensor.ndim == 4
 
 
@@ -288,6 +409,10 @@ def test_what_is_joined_is_mapped_from_a_file_only_within_the_context():
     assert torch.equal(formats.cat([big, big]), torch.cat([big, big]))
     with formats.concat_on_disk():
         joined = formats.cat([big, big])
-        assert torch.equal(joined, torch.cat([big, big])) and torch.equal(formats.cat([small, small]), torch.cat([small, small]))
+        assert torch.equal(joined, torch.cat([big, big])) and torch.equal(
+            formats.cat([small, small]), torch.cat([small, small])
+        )
     if sys.platform == "linux":
-        assert is_within(joined, mapped_ranges()) and not is_within(formats.cat([big, big]), mapped_ranges())
+        assert is_within(joined, mapped_ranges()) and not is_within(
+            formats.cat([big, big]), mapped_ranges()
+        )

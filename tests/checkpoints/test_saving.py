@@ -27,7 +27,9 @@ def test_a_saved_model_is_loaded_as_it_was(small_folder, tmp_path):
     for part in NETWORKS:
         old, new = getattr(flux, part), getattr(again, part)
         assert new.config == old.config
-        assert all(torch.equal(tensor, new.state_dict()[key]) for key, tensor in old.state_dict().items())
+        assert all(
+            torch.equal(tensor, new.state_dict()[key]) for key, tensor in old.state_dict().items()
+        )
     for part in ("clip_tokenizer", "t5_tokenizer"):
         old, new = getattr(flux, part), getattr(again, part)
         assert new(TEXTS).tolist() == old(TEXTS).tolist() and new.max_length == old.max_length
@@ -69,7 +71,9 @@ def test_parts_that_are_not_there_are_left_out(tmp_path):
 
 
 def test_a_quantised_model_is_not_saved(tmp_path):
-    with pytest.raises(ValueError, match="the MMDiT has been changed .*: save the model as it was before"):
+    with pytest.raises(
+        ValueError, match="the MMDiT has been changed .*: save the model as it was before"
+    ):
         save(quantize(load("tiny", device="cpu"), "int8"), tmp_path / "a")
     assert not (tmp_path / "a").exists()
 

@@ -22,7 +22,8 @@ def official_t5():
 
 @pytest.fixture(scope="session")
 def small_clip_folder(tmp_path_factory):
-    """A vocabulary of 600 symbols, learned here. Most bytes have no `</w>` form: unknown at the end of a word."""
+    """A vocabulary of 600 symbols, learned here. Most bytes have no `</w>` form: unknown at the end
+    of a word."""
     folder = tmp_path_factory.mktemp("clip")
     reference = clip_pipeline(models.BPE(unk_token=END, end_of_word_suffix="</w>"))
     reference.train_from_iterator([" ".join(WORDS)] * 9, trainers.BpeTrainer(
@@ -39,6 +40,16 @@ def small_t5_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("t5")
     sentences = [" ".join(random.Random(i).choices(WORDS, k=12)) for i in range(500)]
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(sentences), model_prefix=str(folder / "spiece"), vocab_size=300, hard_vocab_limit=False,
-        pad_id=0, eos_id=1, unk_id=2, bos_id=-1, character_coverage=1.0, minloglevel=2, num_threads=1)
+        sentence_iterator=iter(sentences),
+        model_prefix=str(folder / "spiece"),
+        vocab_size=300,
+        hard_vocab_limit=False,
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        character_coverage=1.0,
+        minloglevel=2,
+        num_threads=1,
+    )
     return folder

@@ -92,8 +92,18 @@ def test_a_typed_token_has_the_id_of_the_vocabulary(small_clip_folder, tmp_path)
     assert tokenizer.encode(END) == [tokenizer.end]
 
 
-@pytest.mark.parametrize("decoder", [{"x": {"content": "<s>"}}, {"1": {}}, {"1": 3}, {"-1": {"content": "a"}},
-                                     {"1": {"content": 3}}, [1]], ids=str)
+@pytest.mark.parametrize(
+    "decoder",
+    [
+        {"x": {"content": "<s>"}},
+        {"1": {}},
+        {"1": 3},
+        {"-1": {"content": "a"}},
+        {"1": {"content": 3}},
+        [1],
+    ],
+    ids=str,
+)
 def test_damaged_added_tokens_are_refused(small_clip_folder, tmp_path, decoder):
     folder = copy(small_clip_folder, tmp_path / "a", added_tokens_decoder=decoder)
     with pytest.raises(ValueError, match="has damaged added tokens"):

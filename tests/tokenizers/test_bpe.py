@@ -27,20 +27,39 @@ from miniflux.tokenizers.normalisation import normalise_clip
 def test_clip_equals_the_tokenizers_library_on_the_official_files(official_clip):
     """Oracle: the fast pipeline of the `tokenizers` library with the official vocabulary."""
     files = str(OFFICIAL / "tokenizer/vocab.json"), str(OFFICIAL / "tokenizer/merges.txt")
-    reference = mark_specials(clip_pipeline(models.BPE.from_file(*files, unk_token=END, end_of_word_suffix="</w>")))
+    reference = mark_specials(
+        clip_pipeline(models.BPE.from_file(*files, unk_token=END, end_of_word_suffix="</w>"))
+    )
     assert_equal(official_clip, reference, without_newer_marks(strings(50_000, seed=1)))
     assert_equal(official_clip, reference, each_code_point())
 
 
 def test_clip_equals_the_tokenizers_library_on_a_small_vocabulary(small_clip_folder):
-    """Oracle: the fast pipeline of the `tokenizers` library with a vocabulary of other ids and many unknowns."""
+    """Oracle: the fast pipeline of the `tokenizers` library with a vocabulary of other ids and many
+    unknowns."""
     files = str(small_clip_folder / "vocab.json"), str(small_clip_folder / "merges.txt")
-    reference = mark_specials(clip_pipeline(models.BPE.from_file(*files, unk_token=END, end_of_word_suffix="</w>")))
-    assert_equal(CLIPTokenizer.from_folder(small_clip_folder), reference, without_newer_marks(strings(50_000, seed=3)))
+    reference = mark_specials(
+        clip_pipeline(models.BPE.from_file(*files, unk_token=END, end_of_word_suffix="</w>"))
+    )
+    assert_equal(
+        CLIPTokenizer.from_folder(small_clip_folder),
+        reference,
+        without_newer_marks(strings(50_000, seed=3)),
+    )
 
 
 CLIP_EXAMPLES = {
-    "A cat holding a sign that says hello world": [320, 2368, 5050, 320, 2292, 682, 1563, 3306, 1002],
+    "A cat holding a sign that says hello world": [
+        320,
+        2368,
+        5050,
+        320,
+        2292,
+        682,
+        1563,
+        3306,
+        1002,
+    ],
     "": [],
     "Hello,  World's 2024 café!! 🙂": [3306, 267, 1002, 568, 273, 271, 273, 275, 15304, 748, 14860],
     "It's 10km—away…": [585, 568, 272, 271, 4590, 2005, 1520, 959],
@@ -64,7 +83,9 @@ def test_special_ids_come_from_the_vocabulary():
 def test_clip_truncation_keeps_the_end_token():
     tokens = tiny_clip()(["low " * 20, "low"])
     assert tokens.shape == (2, 8) and tokens.dtype == torch.int64
-    assert tokens[0, 0] == 0 and tokens[0, -1] == 1 and (tokens[0, 1:-1] == tiny_clip().vocab["low</w>"]).all()
+    assert tokens[0, 0] == 0
+    assert tokens[0, -1] == 1
+    assert (tokens[0, 1:-1] == tiny_clip().vocab["low</w>"]).all()
     assert tiny_clip()(["low low"], length=2).tolist() == [[0, 1]]
 
 
@@ -76,20 +97,38 @@ def test_the_lowest_rank_is_merged_first_and_the_leftmost_of_equals():
 
 
 def test_numbers_are_split_digit_by_digit():
-    assert split_clip(normalise_clip("in 2024 km² ⅷ½x")) == ["in", "2", "0", "2", "4", "km", "²", "ⅷ", "½", "x"]
+    assert split_clip(normalise_clip("in 2024 km² ⅷ½x")) == [
+        "in",
+        "2",
+        "0",
+        "2",
+        "4",
+        "km",
+        "²",
+        "ⅷ",
+        "½",
+        "x",
+    ]
 
 
 def test_special_tokens_typed_in_a_prompt_are_honoured_by_clip():
     """Note the end token in capitals: it is ordinary text, the start token is not."""
     tokenizer = tiny_clip()
     low = tokenizer.vocab["low</w>"]
-    assert tokenizer.encode("low<|endoftext|>low <|startoftext|> <|StartOfText|>") == [low, 1, low, 0, 0]
+    assert tokenizer.encode("low<|endoftext|>low <|startoftext|> <|StartOfText|>") == [
+        low,
+        1,
+        low,
+        0,
+        0,
+    ]
     assert split_clip(normalise_clip("<|ENDOFTEXT|>!!")) == ["<|", "endoftext", "|>", "!!"]
     assert split_clip(normalise_clip("!<|ENDOFTEXT|>!!")) == ["!<|", "endoftext", "|>!!"]
 
 
 def test_white_space_is_unicodes_and_not_pythons():
-    """Oracle: Unicode's White_Space. Python's \\s has four more, the separators U+001C to U+001F."""
+    """Oracle: Unicode's White_Space. Python's \\s has four more, the separators U+001C to
+    U+001F."""
     assert split_clip("a\x1cb\u2003c\x85d\u200be") == ["a", "\x1c", "b", "c", "d", "\u200b", "e"]
 
 

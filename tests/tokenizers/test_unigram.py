@@ -30,7 +30,8 @@ def test_t5_equals_the_tokenizers_library_on_the_official_files(official_t5):
 
 
 def test_t5_equals_the_tokenizers_library_on_a_small_vocabulary(small_t5_folder, tmp_path):
-    """Oracle: the rules of T5's tokenizer.json, run by the `tokenizers` library on pieces that SentencePiece reports."""
+    """Oracle: the rules of T5's tokenizer.json, run by the `tokenizers` library on pieces that
+    SentencePiece reports."""
     sentencepiece = pytest.importorskip("sentencepiece")
     model = sentencepiece.SentencePieceProcessor(model_file=str(small_t5_folder / "spiece.model"))
     pieces = [(model.id_to_piece(i), model.get_score(i)) for i in range(len(model))]
@@ -49,14 +50,20 @@ def test_t5_equals_the_tokenizers_library_on_a_small_vocabulary(small_t5_folder,
 
 
 def test_t5_equals_sentencepiece_where_the_definitions_agree(small_t5_folder):
-    """Oracle: SentencePiece itself. It has no grapheme clusters, no typed special tokens, and adds in float32: plain words."""
+    """Oracle: SentencePiece itself. It has no grapheme clusters, no typed special tokens, and adds
+    in float32: plain words."""
     sentencepiece = pytest.importorskip("sentencepiece")
     model = sentencepiece.SentencePieceProcessor(model_file=str(small_t5_folder / "spiece.model"))
     tokenizer = T5Tokenizer.from_folder(small_t5_folder)
     draw = random.Random(5)
     pools = [WORDS, list("aeinorst"), list("北京é①Σ \t\u3000"), list("astronautphoto' ,.")]
-    texts = ["".join(draw.choice(draw.choice(pools)) + draw.choice(["", " "]) for _ in range(draw.randint(0, 30)))
-             for _ in range(20_000)]
+    texts = [
+        "".join(
+            draw.choice(draw.choice(pools)) + draw.choice(["", " "])
+            for _ in range(draw.randint(0, 30))
+        )
+        for _ in range(20_000)
+    ]
     texts = [unicodedata.normalize("NFC", text) for text in texts]
     wrong = [t for t, e in zip(texts, model.encode(texts)) if tokenizer.encode(t) != e]
     assert not wrong, (len(wrong), ascii(min(wrong, key=len)))
@@ -82,7 +89,11 @@ def test_t5_gives_the_known_ids_of_the_examples(official_t5):
 
 def test_t5_truncation_keeps_the_end_token_and_padding_fills_the_length():
     tokenizer = T5Tokenizer(PIECES, max_length=6)
-    assert tokenizer(["ab", "b b b b b b", ""]).tolist() == [[3, 6, 1, 0, 0, 0], [3, 5, 3, 5, 3, 1], [1, 0, 0, 0, 0, 0]]
+    assert tokenizer(["ab", "b b b b b b", ""]).tolist() == [
+        [3, 6, 1, 0, 0, 0],
+        [3, 5, 3, 5, 3, 1],
+        [1, 0, 0, 0, 0, 0],
+    ]
     assert tokenizer([]).shape == (0, 6) and tokenizer(["ab"], length=1).tolist() == [[1]]
 
 
