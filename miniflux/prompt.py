@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .checkpoints.formats import read_safetensors
 from .checks import quote, to_number
+from .files import atomic_write
 from .flux import Flux
 from .word_list import warn_of_unknown_words
 
@@ -42,12 +43,8 @@ class Prompt:
         path = Path(path)
         if not path.parent.is_dir():
             raise FileNotFoundError(f"{path} cannot be written: its folder does not exist")
-        partial = path.with_name(f".{path.name}.{os.getpid()}.part")
-        try:
+        with atomic_write(path) as partial:
             save_file({"txt": self.txt.contiguous(), "pooled": self.pooled.contiguous()}, partial)
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
 
     @staticmethod
     def load(path: str | os.PathLike) -> "Prompt":

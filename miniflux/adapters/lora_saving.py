@@ -1,6 +1,5 @@
 """The writer of LoRA files."""
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -9,6 +8,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..checkpoints.names import SWAPPED_HALVES, count, mmdit_modules, swap_halves
+from ..files import atomic_write
 
 Factors = Mapping[str, tuple[Tensor, Tensor]]
 
@@ -25,10 +25,10 @@ def save_lora(path: Path, factors: Factors, *, diffusers: bool = False,
     state = {}
     for name, (A, B) in pairs.items():
         state |= {f"{name}.lora_A.weight": A, f"{name}.lora_B.weight": B}
-    partial = path.with_name(path.name + ".part")
-    save_file({name: tensor.detach().to("cpu", dtype, copy=True).contiguous()
-               for name, tensor in state.items()}, partial)
-    os.replace(partial, path)
+    state = {name: tensor.detach().to("cpu", dtype, copy=True).contiguous()
+             for name, tensor in state.items()}
+    with atomic_write(path) as partial:
+        save_file(state, partial)
 
 
 def in_diffusers_names(factors: Factors) -> Factors:

@@ -20,6 +20,7 @@ from torch import Tensor
 from ..checkpoints.hub import find_network
 from ..checkpoints.vision import load_taef1, read_preview
 from ..command import Parser, command
+from ..files import atomic_write
 from ..flux import Flux
 from ..latents import encode
 from ..loading import load
@@ -75,12 +76,8 @@ def main() -> None:
         if output.suffix != ".safetensors" or not output.parent.is_dir():
             raise ValueError(f"the output {output} must end in .safetensors, in a folder that exists")
         table = fit_preview(load(args.model, device=args.device), args.pictures)
-        partial = output.with_name(f".{output.name}.{os.getpid()}.part")
-        try:
+        with atomic_write(output) as partial:
             save_file({"preview": table.contiguous()}, partial)
-            os.replace(partial, output)
-        finally:
-            partial.unlink(missing_ok=True)
         print(output)
     except (ValueError, OSError, torch.OutOfMemoryError) as error:
         parser.error(str(error))

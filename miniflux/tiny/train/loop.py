@@ -16,7 +16,6 @@ their gradients: the batch is N times as large. The first process keeps the time
 
 import json
 import math
-import os
 import signal
 import threading
 import time
@@ -32,6 +31,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ...engine.distributed import is_distributed, is_rank_zero
+from ...files import atomic_write
 from ...imaging.saving import save
 from ..world.rendering import contact_sheet
 from .optimizers import make_optimizers
@@ -93,10 +93,9 @@ def save_state(path: Path, net: nn.Module, ema: dict[str, Tensor], optimizers: l
     for i, optimizer in enumerate(optimizers):
         for j, entries in optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{i}.{j}.{k}": v for k, v in entries.items()}
-    partial = path.with_suffix(".part")
-    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, partial,
-              {"step": str(step), "seconds": str(seconds)})
-    os.replace(partial, path)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with atomic_write(path) as partial:
+        save_file(tensors, partial, {"step": str(step), "seconds": str(seconds)})
 
 
 def load_state(path: Path, net: nn.Module, ema: dict[str, Tensor], optimizers: list
