@@ -1,4 +1,4 @@
-"""Attention and rotary positions against oracles by hand: plain trigonometry and the written-out formula."""
+"""Attention and rotary positions. Oracles by hand: trigonometry and the written-out formula."""
 
 import doctest
 import math
@@ -39,7 +39,7 @@ def test_the_examples_in_the_docstrings_are_true():
     assert doctest.testmod(module) == (0, 1)
 
 
-def test_each_axis_turns_its_own_channels_in_the_order_of_the_axes():
+def test_each_axis_rotates_its_own_channels_in_the_order_of_the_axes():
     ids = torch.tensor([[5, 0, 0], [0, 3, 0], [1, 2, 7]])
     table = rope_table(ids, (4, 4, 8), 10000.0)
     assert table.shape == (3, 8, 2, 2)
@@ -59,7 +59,7 @@ def test_neighbouring_channels_form_a_rope_pair():
     torch.testing.assert_close(apply_rope(x, pe), torch.tensor([expected]), rtol=0, atol=1e-6)
 
 
-def test_position_zero_turns_nothing():
+def test_position_zero_rotates_nothing():
     pe = rope_table(torch.zeros(3, 3, dtype=torch.int64), (4, 4, 8), 10000.0)
     x = torch.randn(2, 5, 3, 16)
     assert torch.equal(apply_rope(x, pe), x)
@@ -70,8 +70,8 @@ def test_a_score_depends_on_the_difference_of_two_positions_only():
     scores = []
     for shift in (0, 9, 40):
         pe = rope_table(torch.tensor([[0, 4 + shift, 7], [0, 1 + shift, 2]]), (4, 4, 8), 10000.0)
-        turned = apply_rope(torch.stack([q, k]), pe)
-        scores.append(turned[0] @ turned[1])
+        rotated = apply_rope(torch.stack([q, k]), pe)
+        scores.append(rotated[0] @ rotated[1])
     torch.testing.assert_close(scores[1:], [scores[0]] * 2, rtol=1e-4, atol=1e-4)
 
 
@@ -94,10 +94,16 @@ def normed(x, scale):
 
 
 def written_out(qkv, pe, img_scale, txt_scale, L):
-    """Attention of qkv (B, S, 3, H, D) from the parts above, text rows and image rows normalised apart."""
+    """Attention of qkv (B, S, 3, H, D), with text tokens and image tokens normalised apart."""
     q, k, v = qkv.permute(2, 0, 3, 1, 4)
-    q, k = (apply_rope(torch.cat([normed(x[:, :, :L], txt_scale[i]), normed(x[:, :, L:], img_scale[i])], dim=2), pe) for i, x in enumerate((q, k)))
-    return formula(q, k, v).transpose(1, 2).flatten(2)                          # (B, S, H·D)
+
+    def rotated(x, txt_scale, img_scale):
+        txt, img = normed(x[:, :, :L], txt_scale), normed(x[:, :, L:], img_scale)
+        return apply_rope(torch.cat([txt, img], dim=2), pe)
+
+    q = rotated(q, txt_scale[0], img_scale[0])
+    k = rotated(k, txt_scale[1], img_scale[1])
+    return formula(q, k, v).transpose(1, 2).flatten(2)                      # (B, S, H·D)
 
 
 def problem(tokens: int = 7, batch: int = 2):
@@ -106,13 +112,15 @@ def problem(tokens: int = 7, batch: int = 2):
 
 
 @pytest.mark.parametrize("name", HERE)
-def test_every_backend_computes_the_formula_of_normalised_and_turned_queries_and_keys(name):
+def test_every_backend_computes_the_formula_of_normalised_and_rotated_queries_and_keys(name):
     qkv, pe, img_scale, txt_scale = problem()
     for L in (0, 3, 7):
         expected = written_out(qkv, pe, img_scale, txt_scale, L)
-        torch.testing.assert_close(attention(qkv.clone(), pe, img_scale, txt_scale, L, backend=name), expected, rtol=1e-5, atol=2e-6)
+        result = attention(qkv.clone(), pe, img_scale, txt_scale, L, backend=name)
+        torch.testing.assert_close(result, expected, rtol=1e-5, atol=2e-6)
         with attention_backend(name):
-            torch.testing.assert_close(attention(qkv.clone(), pe, img_scale, txt_scale, L), expected, rtol=1e-5, atol=2e-6)
+            result = attention(qkv.clone(), pe, img_scale, txt_scale, L)
+        torch.testing.assert_close(result, expected, rtol=1e-5, atol=2e-6)
 
 
 def test_one_pair_of_scales_may_serve_all_tokens():
@@ -124,7 +132,8 @@ def test_rms_norm_subtracts_no_mean_and_survives_float16():
     scale = torch.linspace(0.5, 2, 8)
     for x in (torch.randn(3, 8) + 5, 1e-3 * torch.randn(3, 8)):
         torch.testing.assert_close(rms_norm(x, scale), normed(x, scale))
-    big = rms_norm(torch.full((1, 8), 1000.0, dtype=torch.float16), scale)     # its square is not a float16 number
+    x = torch.full((1, 8), 1000.0, dtype=torch.float16)     # its square is not a float16 number
+    big = rms_norm(x, scale)
     torch.testing.assert_close(big[0], scale.half(), rtol=1e-3, atol=0)
 
 
@@ -150,16 +159,16 @@ def test_a_backend_is_in_force_within_its_block_only_even_after_an_error(monkeyp
     qkv, pe, img_scale, _ = problem()
     with pytest.raises(KeyboardInterrupt), attention_backend("formula"):
         attention(qkv, pe, img_scale)
-        attention(qkv, pe, img_scale, backend="sdpa")                               # what is asked for comes first
+        attention(qkv, pe, img_scale, backend="sdpa")       # what is asked for comes first
         raise KeyboardInterrupt
     attention(qkv, pe, img_scale)
     assert calls == [1]
 
 
 def test_an_unknown_backend_is_refused_by_name():
-    with pytest.raises(ValueError, match="no attention backend 'fast': expected one of auto, formula"):
-        with attention_backend("fast"):
-            pass
+    message = "no attention backend 'fast': expected one of auto, formula"
+    with pytest.raises(ValueError, match=message), attention_backend("fast"):
+        pass
     with pytest.raises(ValueError, match="no attention backend 'fast'"):
         attention(*problem(), backend="fast")
 
@@ -232,26 +241,28 @@ def test_cross_attention_shares_keys_and_values_of_a_batch_of_one():
     torch.testing.assert_close(cross_attention(q, k, v), expected)
 
 
-# ------------------------------------------------------------------------------------------------------------ the choice
+# ------------------------------------------------------------------------------------ the choice
 
 
 @pytest.mark.parametrize("device, dtype, tokens, gradients, expected", [
     ("cpu", torch.float32, 96, False, "native"),
     ("cpu", torch.bfloat16, 4608, False, "native"),
-    ("cpu", torch.float32, 8704, False, "norm_rope"),       # here the packed keys and values gain nothing any more
+    ("cpu", torch.float32, 8704, False, "norm_rope"),       # packing keys and values gains nothing
     ("cpu", torch.float16, 96, False, "sdpa"),              # there is no kernel for it
-    ("cpu", torch.float32, 96, True, "sdpa"),               # recomputing the forward pass would be slower
+    ("cpu", torch.float32, 96, True, "sdpa"),               # recomputing would be slower
     ("cuda", torch.bfloat16, 96, False, "sdpa"),
     ("mps", torch.bfloat16, 96, False, "chunked"),
     ("mps", torch.float32, 96, True, "chunked"),
 ])
-def test_auto_chooses_by_device_dtype_and_length(monkeypatch, device, dtype, tokens, gradients, expected):
+def test_auto_chooses_by_device_dtype_and_length(monkeypatch, device, dtype, tokens, gradients,
+                                                 expected):
     monkeypatch.setattr(native, "_cpu", object())           # as if it were built
     monkeypatch.setattr(native, "PLAIN", (SimpleNamespace,))  # as if there were such tensors here
+    strides = (384 * tokens, 384, 128, 64, 1)
     qkv = SimpleNamespace(
         is_cpu=device == "cpu", is_cuda=device == "cuda", is_mps=device == "mps",
         dtype=dtype, layout=torch.strided, requires_grad=gradients,
-        shape=(1, tokens, 3, 2, 64), stride=lambda *axis: 1 if axis else (384 * tokens, 384, 128, 64, 1),
+        shape=(1, tokens, 3, 2, 64), stride=lambda *axis: 1 if axis else strides,
         is_neg=lambda: False, data_ptr=lambda: 64, element_size=lambda: 4,
     )
     with torch.enable_grad():
@@ -266,7 +277,8 @@ def test_the_limit_of_a_score_matrix_is_that_of_mps():
 
 
 class MPSLimits(TorchDispatchMode):
-    """Raises on what MPS lacks (float64, complex numbers) and on score matrices of more than `limit` numbers."""
+    """Raises on what MPS lacks: float64, complex numbers, score matrices of more than `limit`
+    numbers."""
 
     def __init__(self, limit: int):
         super().__init__()
@@ -291,9 +303,11 @@ def test_chunks_of_queries_keep_the_score_matrix_within_the_limit(monkeypatch):
     for limit, calls in ((2 * 3 * 21 * 21, 1), (2 * 3 * 21 * 8, 3), (2 * 3 * 21, 21)):
         monkeypatch.setattr(attention_backends, "MPS_SCORES", limit)
         with MPSLimits(limit) as seen:
-            torch.testing.assert_close(attention(*args, 5, backend="chunked"), expected, rtol=1e-5, atol=2e-6)
+            result = attention(*args, 5, backend="chunked")
+        torch.testing.assert_close(result, expected, rtol=1e-5, atol=2e-6)
         assert seen.attentions == calls
-    with pytest.raises(AssertionError, match="makes a score matrix of 2646 numbers"), MPSLimits(2645):
+    message = "makes a score matrix of 2646 numbers"
+    with pytest.raises(AssertionError, match=message), MPSLimits(2645):
         attention(*args, 5, backend="sdpa")
 
 
@@ -308,7 +322,7 @@ def test_a_whole_picture_is_the_same_with_every_backend(small_folder, name):
 
 
 def test_a_whole_picture_needs_nothing_that_mps_lacks(monkeypatch):
-    """The tiny model as on MPS: 96 tokens, whose 3 · 96 · 96 scores are more than the faked limit allows at once."""
+    """The tiny model as on MPS: its 3 · 96 · 96 scores are more than the faked limit allows."""
     flux = load(device="cpu")
     expected = generate(flux, "a red apple", steps=2, output="tensor", progress=False)
     monkeypatch.setattr(attention_backends, "MPS_SCORES", 3 * 96 * 40)

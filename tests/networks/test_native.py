@@ -1,5 +1,5 @@
-"""The compiled kernels. Oracles: the specification csrc/reference.cpp, itself checked against the formula in PyTorch's operations
-in float64; autograd through that formula."""
+"""The compiled kernels. Oracles: the specification csrc/reference.cpp, itself checked against the
+formula in PyTorch's operations in float64; autograd through that formula."""
 
 import os
 import shutil
@@ -19,63 +19,87 @@ from miniflux.networks.attention import (
     rope_table,
 )
 
-pytestmark = pytest.mark.skipif(native._cpu is None and os.environ.get("MINIFLUX_REQUIRE_NATIVE") != "1",
-                                reason="miniflux._cpu is not built: there is no compiler here")
+pytestmark = pytest.mark.skipif(
+    native._cpu is None and os.environ.get("MINIFLUX_REQUIRE_NATIVE") != "1",
+    reason="miniflux._cpu is not built: there is no compiler here",
+)
 
-# (B, H, S, D), text tokens: of one token, of odd sizes, of no text and of text alone, over and under the kernel's blocks of 16
-SHAPES = [((1, 1, 1, 2), 0), ((2, 3, 5, 6), 2), ((1, 2, 16, 32), 16), ((2, 1, 33, 48), 0), ((1, 4, 96, 64), 32), ((1, 2, 150, 128), 31)]
+# (B, H, S, D) and L, the number of text tokens. The kernel works in blocks of 16 tokens.
+SHAPES = [
+    ((1, 1, 1, 2), 0),
+    ((2, 3, 5, 6), 2),
+    ((1, 2, 16, 32), 16),                                   # text alone
+    ((2, 1, 33, 48), 0),                                    # no text
+    ((1, 4, 96, 64), 32),
+    ((1, 2, 150, 128), 31),
+]
 
 
 def problem(shape, dtype=torch.float32) -> list:
     B, H, S, D = shape
     torch.manual_seed(0)
     ids = torch.randint(50, (S, 1))
-    return [torch.randn(B, S, 3, H, D).to(dtype), rope_table(ids, (D,), 10000.0), *(1 + 0.3 * torch.randn(2, 2, D)).to(dtype)]
+    qkv = torch.randn(B, S, 3, H, D).to(dtype)
+    img_scale, txt_scale = (1 + 0.3 * torch.randn(2, 2, D)).to(dtype)
+    return [qkv, rope_table(ids, (D,), 10000.0), img_scale, txt_scale]
 
 
-def reference(qkv, pe, image, text, L):
+def reference(qkv, pe, img_scale, txt_scale, L):
     """csrc/reference.cpp, in float32."""
-    qkv, image, text = (x.float().contiguous() for x in (qkv, image, text))
+    qkv, img_scale, txt_scale = (x.float().contiguous() for x in (qkv, img_scale, txt_scale))
     B, S, _, H, D = qkv.shape
     out = torch.full((B, S, H * D), torch.nan)
-    native._cpu.attention_reference((B, H, S, L, D), qkv.data_ptr(), qkv.stride()[:4], text.data_ptr(), image.data_ptr(),
-                                    pe.data_ptr(), out.data_ptr())
+    native._cpu.attention_reference(
+        (B, H, S, L, D), qkv.data_ptr(), qkv.stride()[:4], txt_scale.data_ptr(),
+        img_scale.data_ptr(), pe.data_ptr(), out.data_ptr(),
+    )
     return out
 
 
-def written_out(qkv, pe, image, text, L):
+def written_out(qkv, pe, img_scale, txt_scale, L):
     """The same in PyTorch's operations, in the dtype of qkv."""
     q, k, v = qkv.permute(2, 0, 3, 1, 4)
     S, D = q.shape[-2:]
     is_text = (torch.arange(S) < L)[:, None]
 
-    def turned(x, which):
-        x = rms_norm(x, (D,), eps=1e-6) * torch.where(is_text, text[which], image[which])
+    def rotated(x, scale):
+        x = rms_norm(x, (D,), eps=1e-6) * scale
         even, odd = x[..., ::2], x[..., 1::2]
-        return torch.stack([pe[..., 0, 0] * even + pe[..., 0, 1] * odd, pe[..., 1, 0] * even + pe[..., 1, 1] * odd], -1).flatten(-2)
+        first = pe[..., 0, 0] * even + pe[..., 0, 1] * odd
+        second = pe[..., 1, 0] * even + pe[..., 1, 1] * odd
+        return torch.stack([first, second], -1).flatten(-2)
 
-    return formula(turned(q, 0), turned(k, 1), v).transpose(1, 2).flatten(2)
+    q_scale, k_scale = torch.where(is_text, txt_scale[:, None], img_scale[:, None])  # each (S, D)
+    return formula(rotated(q, q_scale), rotated(k, k_scale), v).transpose(1, 2).flatten(2)
 
 
 def error(ours, theirs) -> float:
     return float((ours.double() - theirs.double()).abs().max() / theirs.double().abs().max())
 
 
+def launch_nothing(function, tokens: int = 1) -> None:
+    """Calls a function of miniflux._cuda for this many tokens, with null for every address."""
+    function((1, 1, tokens, 0, 32), 0, (96, 96, 32, 32), 0, 0, 0, 0, 0)
+
+
 def test_the_modules_are_there_where_they_are_required():
-    """The CUDA kernels can be imported without a GPU and without a driver; a launch says what is missing."""
+    """The CUDA kernels can be imported without a GPU and without a driver; a launch raises."""
     assert native._cpu is not None, native.WHY_NOT
-    if os.environ.get("MINIFLUX_REQUIRE_NATIVE") == "1" and shutil.which("nvcc"):
-        cuda, why_not = native.find("miniflux._cuda")
-        assert cuda is not None, why_not
-        names = {name for name in dir(cuda) if not name.startswith("_")}
-        assert names == {f"{kernel}_{dtype}" for kernel in ("norm_rope", "attention", *native.RUNGS) for dtype in native.DTYPES.values()}
-        with pytest.raises(RuntimeError, match="mma takes float16 and bfloat16, heads of 32, 64 or 128 channels"):
-            cuda.mma_float32((1, 1, 1, 0, 32), 0, (96, 96, 32, 32), 0, 0, 0, 0, 0)
-        cuda.attention_bfloat16((1, 1, 0, 0, 32), 0, (0, 96, 32, 32), 0, 0, 0, 0, 0)        # of no tokens there is nothing to do
-        if not torch.cuda.is_available():
-            for kernel in names - {"mma_float32"}:
-                with pytest.raises(RuntimeError, match="CUDA|driver"):
-                    getattr(cuda, kernel)((1, 1, 1, 0, 32), 0, (96, 96, 32, 32), 0, 0, 0, 0, 0)
+    if os.environ.get("MINIFLUX_REQUIRE_NATIVE") != "1" or not shutil.which("nvcc"):
+        return
+    cuda, why_not = native.find("miniflux._cuda")
+    assert cuda is not None, why_not
+    names = {name for name in dir(cuda) if not name.startswith("_")}
+    kernels = ("norm_rope", "attention", *native.RUNGS)
+    assert names == {f"{kernel}_{dtype}" for kernel in kernels for dtype in native.DTYPES.values()}
+    takes = "mma takes float16 and bfloat16, heads of 32, 64 or 128 channels"
+    with pytest.raises(RuntimeError, match=takes):
+        launch_nothing(cuda.mma_float32)
+    launch_nothing(cuda.attention_bfloat16, tokens=0)       # of no tokens there is nothing to do
+    if not torch.cuda.is_available():
+        for kernel in names - {"mma_float32"}:
+            with pytest.raises(RuntimeError, match="CUDA|driver"):
+                launch_nothing(getattr(cuda, kernel))
 
 
 @pytest.mark.parametrize("shape, L", SHAPES)
@@ -91,10 +115,20 @@ def test_the_kernel_is_the_specification(shape, L, dtype, bound):
     assert error(native.attention(*args, L), reference(*args, L)) < bound
 
 
-@pytest.mark.skipif(native._cuda is None or not torch.cuda.is_available(), reason="miniflux._cuda is not built, or there is no GPU here")
-@pytest.mark.parametrize("dtype, bound", [(torch.float32, 2e-6), (torch.float16, 5e-4), (torch.bfloat16, 4e-3)])
+@pytest.mark.skipif(native._cuda is None or not torch.cuda.is_available(),
+                    reason="miniflux._cuda is not built, or there is no GPU here")
+@pytest.mark.parametrize("dtype, bound", [
+    (torch.float32, 2e-6),
+    (torch.float16, 5e-4),
+    (torch.bfloat16, 4e-3),
+])
 @pytest.mark.parametrize("kernel", ["attention", *native.RUNGS])
-@pytest.mark.parametrize("shape, L", [*SHAPES, ((2, 3, 300, 32), 40), ((1, 2, 257, 64), 0), ((2, 2, 1000, 128), 999)])
+@pytest.mark.parametrize("shape, L", [
+    *SHAPES,
+    ((2, 3, 300, 32), 40),
+    ((1, 2, 257, 64), 0),
+    ((2, 2, 1000, 128), 999),
+])
 def test_every_rung_of_the_cuda_ladder_is_the_specification(shape, L, kernel, dtype, bound):
     args = problem(shape, dtype)
     on_gpu = [x.cuda() for x in args]
@@ -111,52 +145,58 @@ def test_every_rung_of_the_cuda_ladder_is_the_specification(shape, L, kernel, dt
 
 
 @pytest.mark.parametrize("dtype, bound", [(torch.float32, 2e-6), (torch.bfloat16, 8e-3)])
-def test_norm_rope_turns_queries_and_keys_in_place_and_leaves_the_values(dtype, bound):
-    qkv, pe, image, text = problem((2, 3, 21, 16), dtype)
+def test_norm_rope_rotates_queries_and_keys_in_place_and_leaves_the_values(dtype, bound):
+    qkv, pe, img_scale, txt_scale = problem((2, 3, 21, 16), dtype)
     before = qkv.clone()
-    after = native.norm_rope(qkv, pe, image, text, 4)
+    after = native.norm_rope(qkv, pe, img_scale, txt_scale, 4)
     assert after.data_ptr() == qkv.data_ptr() and torch.equal(qkv[:, :, 2], before[:, :, 2])
     for which in (0, 1):
         x = rms_norm(before[:, :, which].double().transpose(1, 2), (16,), eps=1e-6)
-        scale = torch.cat([text[which].expand(4, 16), image[which].expand(17, 16)]).double()
-        assert error(qkv[:, :, which].transpose(1, 2), apply_rope((x * scale).float(), pe)) < bound  # bfloat16 itself rounds by 4e-3
+        scale = torch.cat([txt_scale[which].expand(4, 16), img_scale[which].expand(17, 16)])
+        expected = apply_rope((x * scale.double()).float(), pe)
+        # Note: bfloat16 itself rounds by 4e-3.
+        assert error(qkv[:, :, which].transpose(1, 2), expected) < bound
 
 
 def test_rows_may_be_a_part_of_wider_rows():
-    qkv, pe, image, text = problem((2, 3, 21, 16))
+    qkv, pe, img_scale, txt_scale = problem((2, 3, 21, 16))
     wide = torch.randn(2, 21, 7 + 3 * 48 + 5)
     wide[..., 7:-5] = qkv.flatten(2)
     part = wide[..., 7:-5].unflatten(-1, (3, 3, 16))
-    assert torch.equal(native.attention(part, pe, image, text, 4), native.attention(qkv, pe, image, text, 4))
+    expected = native.attention(qkv, pe, img_scale, txt_scale, 4)
+    assert torch.equal(native.attention(part, pe, img_scale, txt_scale, 4), expected)
 
 
 def test_a_batch_equals_its_singles_and_threads_change_nothing():
-    qkv, pe, image, text = problem((3, 2, 40, 32))
-    together = native.attention(qkv, pe, image, text, 8)
-    assert torch.equal(together[1:2], native.attention(qkv[1:2], pe, image, text, 8))
+    qkv, pe, img_scale, txt_scale = problem((3, 2, 40, 32))
+    together = native.attention(qkv, pe, img_scale, txt_scale, 8)
+    second = native.attention(qkv[1:2], pe, img_scale, txt_scale, 8)
+    assert torch.equal(together[1:2], second)
     threads = torch.get_num_threads()
     torch.set_num_threads(3)
-    assert torch.equal(together, native.attention(qkv, pe, image, text, 8))
+    assert torch.equal(together, native.attention(qkv, pe, img_scale, txt_scale, 8))
     torch.set_num_threads(threads)
 
 
 def test_a_nan_reaches_what_looks_at_it_and_nothing_else():
-    qkv, pe, image, text = problem((1, 2, 40, 32))
+    qkv, pe, img_scale, txt_scale = problem((1, 2, 40, 32))
     qkv[0, 7, 0, 1, 3] = torch.nan                          # a query of head 1: one row
-    qkv[0, 5, 2, 0, 2] = torch.nan                          # a value of head 0: one channel of every row
-    out = native.attention(qkv, pe, image, text, 8).isnan().view(40, 2, 32)
+    qkv[0, 5, 2, 0, 2] = torch.nan                          # a value of head 0: one channel
+    out = native.attention(qkv, pe, img_scale, txt_scale, 8).isnan().view(40, 2, 32)
     expected = torch.zeros(40, 2, 32, dtype=torch.bool)
     expected[7, 1] = expected[:, 0, 2] = True
     assert torch.equal(out, expected)
     qkv[0, 9, 1, 1, 0] = torch.nan                          # a key of head 1: every row
-    assert native.attention(qkv, pe, image, text, 8).view(40, 2, 32)[:, 1].isnan().all()
+    out = native.attention(qkv, pe, img_scale, txt_scale, 8).view(40, 2, 32)
+    assert out[:, 1].isnan().all()
 
 
 def test_large_scores_do_not_overflow():
-    qkv, pe, image, text = problem((1, 1, 20, 16))
-    args = qkv, pe, 30 * image, 30 * text
-    assert error(native.attention(*args, 3), written_out(*(x.double() for x in args), 3)) < 1e-4    # one weight is all but 1
-    assert native.attention(*args, 3).isfinite().all()
+    qkv, pe, img_scale, txt_scale = problem((1, 1, 20, 16))
+    args = qkv, pe, 30 * img_scale, 30 * txt_scale
+    out = native.attention(*args, 3)
+    assert error(out, written_out(*(x.double() for x in args), 3)) < 1e-4  # one weight is all but 1
+    assert out.isfinite().all()
 
 
 def test_no_tokens_give_no_rows():
@@ -166,7 +206,7 @@ def test_no_tokens_give_no_rows():
         native.norm_rope(*args, 0)
 
 
-# ------------------------------------------------------------------------------------------- torch.compile and autograd
+# -------------------------------------------------------------------- torch.compile and autograd
 
 
 def test_the_op_is_what_pytorch_expects_of_one():
@@ -180,20 +220,27 @@ def test_the_op_is_what_pytorch_expects_of_one():
 def test_the_gradients_are_those_of_the_formula():
     args = problem((2, 2, 19, 16))
     weights = torch.randn(2, 19, 32)
-    with torch.enable_grad():
-        grads = []
-        for f in (written_out, native.attention):
-            qkv, pe, image, text = (x.clone() for x in args)
-            leaves = [x.requires_grad_() for x in (qkv, image, text)]
-            grads.append(torch.autograd.grad((f(qkv, pe, image, text, 5) * weights).sum(), leaves))
-    for ours, theirs in zip(*grads[::-1]):
+
+    def gradients(function):
+        qkv, pe, img_scale, txt_scale = (x.clone() for x in args)
+        leaves = [x.requires_grad_() for x in (qkv, img_scale, txt_scale)]
+        with torch.enable_grad():
+            loss = (function(qkv, pe, img_scale, txt_scale, 5) * weights).sum()
+            return torch.autograd.grad(loss, leaves)
+
+    for ours, theirs in zip(gradients(native.attention), gradients(written_out)):
         assert error(ours, theirs) < 1e-5
 
 
-@pytest.mark.parametrize("backend, op", [("auto", "attention"), ("native", "attention"), ("norm_rope", "norm_rope")])
+@pytest.mark.parametrize("backend, op", [
+    ("auto", "attention"),
+    ("native", "attention"),
+    ("norm_rope", "norm_rope"),
+])
 def test_a_compiled_graph_holds_the_kernel_whole(backend, op):
-    def block(x, pe, image, text):
-        return 2 * attention((x * 1.5).unflatten(-1, (3, 2, 16)), pe, image, text, 5, backend=backend)
+    def block(x, pe, img_scale, txt_scale):
+        qkv = (x * 1.5).unflatten(-1, (3, 2, 16))
+        return 2 * attention(qkv, pe, img_scale, txt_scale, 5, backend=backend)
 
     seen = []
 
@@ -207,38 +254,55 @@ def test_a_compiled_graph_holds_the_kernel_whole(backend, op):
     assert any(f"miniflux.{op}" in target for target in seen)
 
 
-def test_norm_rope_says_that_it_has_no_gradients():
+def test_norm_rope_refuses_tensors_that_need_gradients():
     qkv, *others = problem((1, 2, 9, 8))
-    with torch.enable_grad(), pytest.raises(ValueError, match="has no gradients: use the attention backend 'native'"):
+    message = "has no gradients: use the attention backend 'native'"
+    with torch.enable_grad(), pytest.raises(ValueError, match=message):
         attention(qkv.requires_grad_(), *others, backend="norm_rope")
 
 
-# ------------------------------------------------------------------------------------------------------- bad input
+# ------------------------------------------------------------------------------------- bad input
+
+
+NAMES = ("qkv", "pe", "img_scale", "txt_scale")
 
 
 @pytest.mark.parametrize("change, message", [
-    (lambda qkv, pe, image, text, L: (qkv[..., :7], pe, image, text, L), r"qkv is torch.float32 \(1, 9, 3, 2, 7\): expected .* an even D"),
-    (lambda qkv, pe, image, text, L: (qkv[:, :, :2], pe, image, text, L), r"qkv is .*\(1, 9, 2, 2, 8\): expected .*\(B, S, 3, H, D\)"),
-    (lambda qkv, pe, image, text, L: (qkv.long(), pe, image, text, L), "qkv is torch.int64 .*: expected floating-point numbers"),
-    (lambda qkv, pe, image, text, L: (qkv, pe[:8], image, text, L), r"RoPE table is torch.float32 \(8, 4, 2, 2\): expected float32 \(9, 4, 2, 2\)"),
-    (lambda qkv, pe, image, text, L: (qkv, pe.bfloat16(), image, text, L), "RoPE table is torch.bfloat16"),
-    (lambda qkv, pe, image, text, L: (qkv, pe, image[:1], text, L), r"scales of image and text are \(1, 8\) and \(2, 8\)"),
-    (lambda qkv, pe, image, text, L: (qkv, pe, image, text, 10), "for 10 text tokens of 9: expected"),
-    (lambda qkv, pe, image, text, L: (qkv, pe.to("meta"), image, text, L), "lie on cpu, meta, cpu and cpu: expected one device"),
-    (lambda qkv, pe, image, text, L: (qkv.half(), pe, image, text, L), "takes float32 and bfloat16, with CUDA float16 too, not torch.float16"),
-    (lambda qkv, pe, image, text, L: (qkv.mT.contiguous().mT, pe, image, text, L), "must be neighbours in memory, not 2 numbers apart"),
-    (lambda *args: (*(x.to("meta") for x in args[:4]), args[4]), "computes on the CPU and with CUDA, and the tensors are on meta"),
+    ({"qkv": lambda x: x[..., :7]},
+     r"qkv is torch.float32 \(1, 9, 3, 2, 7\): expected .* an even D"),
+    ({"qkv": lambda x: x[:, :, :2]},
+     r"qkv is .*\(1, 9, 2, 2, 8\): expected .*\(B, S, 3, H, D\)"),
+    ({"qkv": lambda x: x.long()},
+     "qkv is torch.int64 .*: expected floating-point numbers"),
+    ({"pe": lambda x: x[:8]},
+     r"RoPE table is torch.float32 \(8, 4, 2, 2\): expected float32 \(9, 4, 2, 2\)"),
+    ({"pe": lambda x: x.bfloat16()},
+     "RoPE table is torch.bfloat16"),
+    ({"img_scale": lambda x: x[:1]},
+     r"scales of image and text are \(1, 8\) and \(2, 8\)"),
+    ({"L": 10},
+     "for 10 text tokens of 9: expected"),
+    ({"pe": lambda x: x.to("meta")},
+     "lie on cpu, meta, cpu and cpu: expected one device"),
+    ({"qkv": lambda x: x.half()},
+     "takes float32 and bfloat16, with CUDA float16 too, not torch.float16"),
+    ({"qkv": lambda x: x.mT.contiguous().mT},
+     "must be neighbours in memory, not 2 numbers apart"),
+    (dict.fromkeys(NAMES, lambda x: x.to("meta")),
+     "computes on the CPU and with CUDA, and the tensors are on meta"),
 ])
 def test_what_does_not_fit_is_one_sentence(change, message):
-    args = change(*problem((1, 2, 9, 8)), 3)
+    tensors = dict(zip(NAMES, problem((1, 2, 9, 8))))
+    args = [change[name](x) if name in change else x for name, x in tensors.items()]
+    L = change.get("L", 3)
     with pytest.raises(ValueError, match=message):
-        attention(*args, backend="native")
-    if not any(x.is_meta for x in args[:4]):                # for those PyTorch answers itself, with a tensor without data
+        attention(*args, L, backend="native")
+    if not any(x.is_meta for x in args):                    # there PyTorch skips the kernel itself
         with pytest.raises(ValueError, match=message):
-            torch.ops.miniflux.attention(*args)
+            torch.ops.miniflux.attention(*args, L)
 
 
-# ----------------------------------------------------------------------------------------------- with and without the module
+# ------------------------------------------------------------------- with and without the module
 
 
 def test_a_missing_module_is_named_only_where_it_is_asked_for(monkeypatch):
@@ -247,13 +311,28 @@ def test_a_missing_module_is_named_only_where_it_is_asked_for(monkeypatch):
     monkeypatch.setattr(native, "_cpu", None)
     monkeypatch.setattr(native, "WHY_NOT", "No module named 'miniflux._cpu'")
     torch.testing.assert_close(attention(*args, 3), expected, rtol=1e-5, atol=1e-6)
-    with pytest.raises(ValueError, match="'native' cannot be used here: miniflux._cpu is not built .*: install a C.. compiler"):
+    message = "'native' cannot be used here: miniflux._cpu is not built .*: install a C.. compiler"
+    with pytest.raises(ValueError, match=message):
         attention(*args, 3, backend="native")
 
 
-def test_the_command_says_what_is_there(tmp_path):
-    result = subprocess.run([sys.executable, "-m", "miniflux.networks.native"], capture_output=True, text=True, check=True, cwd=tmp_path)
-    assert "used on the CPU in float32 and bfloat16, with " in result.stdout and len(result.stdout.splitlines()) <= 6
+def run(folder, *words: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", *words]
+    return subprocess.run(command, capture_output=True, text=True, cwd=folder)
+
+
+def test_the_command_lists_the_kernels(tmp_path):
+    for words in (("miniflux.networks.native",), ("miniflux", "native")):
+        result = run(tmp_path, *words)
+        assert result.returncode == 0 and len(result.stdout.splitlines()) <= 6
+        assert "used on the CPU in float32 and bfloat16, with " in result.stdout
+
+
+def test_a_mistake_on_the_command_line_gets_one_line_and_exit_code_2(tmp_path):
+    for words in (("miniflux.networks.native",), ("miniflux", "native")):
+        result = run(tmp_path, *words, "--cuda")
+        assert result.returncode == 2 and not result.stdout
+        assert result.stderr.count("\n") == 1 and "--cuda" in result.stderr
 
 
 def test_the_backend_in_force_may_be_native_by_name():
