@@ -34,7 +34,7 @@ CROP = 64
 BATCH = 8
 OBJECT_WEIGHT = 3.0                      # of an object's pixel, where one of the ground counts 1
 SQUARES, GRADIENTS, KL = 2.0, 0.7, 1e-4  # weights of the terms of the loss
-LEARNING_RATE = 2e-3
+LEARNING_RATE = 1e-3
 ON_GRID = 0.75                           # the share of crops that begin on the grid of the boxes
 
 

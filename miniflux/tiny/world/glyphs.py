@@ -37,7 +37,7 @@ GLYPHS = dict(zip(ALL_OBJECTS, (
     "🐬", "🦖", "🦄", "🦩", "🍑", "🍅", "🥑", "🎺",
     "🥨", "🍭", "🍪", "🚚", "🚁", "⛄", "☁", "👟", "👕",
     "📷", "🪑", "🚪", "🏰", "⛺", "💎", "✏", "🥁", "🎒", "🪣"), strict=True))
-COLOURS = dict(                          # the colours that an object can be told to have
+COLOURS = dict(                          # the colours that an object can have
     red=(222, 40, 36), orange=(250, 132, 16), yellow=(252, 208, 40), green=(58, 166, 62),
     blue=(44, 104, 226), purple=(144, 64, 196), pink=(250, 128, 184), brown=(134, 84, 48),
     black=(52, 52, 56), white=(238, 238, 242), gray=(150, 152, 156), cyan=(64, 202, 210),
