@@ -5,13 +5,13 @@
     t, x = states[14]
     with watch(flux.mmdit) as seen:
         v = velocity(x, t)                              # the same bits as without `watch`
-    seen[0].attention                                   # (B, H, S, S): block 0; each row sums to one
+    seen[0].attention                                   # (B, H, S, S): each row sums to one
     seen[0].modulation["img_mod"]                       # shift, scale, gate, shift, scale, gate
 
-`watch` only listens: it puts forward hooks on the blocks and a wrapper around attention, and removes
-both at the end, also after an error. Outside of it nothing is stored and nothing is slower. To study
-a whole run, keep its states x and repeat the steps that interest you, as above: this costs no memory
-while the image is sampled.
+`watch` only listens: it puts forward hooks on the blocks and a wrapper around attention, and
+removes both at the end, also after an error. Outside of it nothing is stored and nothing is slower.
+To study a whole run, keep its states x and repeat the steps that interest you, as above: this costs
+no memory while the image is sampled.
 """
 
 from collections.abc import Callable, Collection, Iterator
@@ -35,7 +35,7 @@ class Seen:
 
     name: str                               # "double_blocks.0", ..., "single_blocks.4"
     L: int                                  # the number of text tokens
-    attention: Tensor | None = None         # (B, H, S, S): row = query, column = key; rows sum to one
+    attention: Tensor | None = None         # (B, H, S, S): row = query, column = key
     values: Tensor | None = None            # (B, H, S, D)
     output: Tensor | None = None            # (B, S, H·D): what attention returned
     modulation: dict[str, tuple[Tensor, ...]] = field(default_factory=dict)  # each (B, 1, hidden)
@@ -60,7 +60,9 @@ def watch(mmdit: MMDiT, blocks: Collection[str] | None = None) -> Iterator[list[
 
     The order is that of the computation: double blocks, then single blocks; a second pass appends
     to the same list. Raises ValueError for a block that the transformer does not have."""
-    modules = {f"{kind}.{i}": block for kind in BLOCKS for i, block in enumerate(getattr(mmdit, kind))}
+    modules: dict[str, nn.Module] = {}
+    for kind in BLOCKS:
+        modules |= {f"{kind}.{i}": block for i, block in enumerate(getattr(mmdit, kind))}
     unknown = set(blocks or ()) - set(modules)
     if unknown:
         raise ValueError(f"there is no block {sorted(unknown)[0]!r}: expected names from "

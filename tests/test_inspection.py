@@ -1,4 +1,4 @@
-"""Looking inside. Oracles: the run that nobody watches, bit for bit; each block's equation by hand."""
+"""Looking inside. Oracles: the run that nobody watches, bit for bit; attention by hand."""
 
 import doctest
 from dataclasses import replace
@@ -88,29 +88,28 @@ def test_all_that_is_kept_has_the_documented_shape(flux):
         counts = {name: len(vectors) for name, vectors in block.modulation.items()}
         double = block.name.startswith("double")
         assert counts == ({"img_mod": 6, "txt_mod": 6} if double else {"modulation": 3})
-        assert all(vector.shape == (1, 1, hidden) for parts in block.modulation.values() for vector in parts)
+        for vectors in block.modulation.values():
+            assert all(vector.shape == (1, 1, hidden) for vector in vectors)
 
 
 def test_attention_times_values_is_what_attention_returned(flux):
     for block in watched(flux, generate, PROMPT, **HALF)[1]:
-        torch.testing.assert_close(block.attention.sum(-1), torch.ones_like(block.attention[..., 0]))
+        sums = block.attention.sum(-1)
+        torch.testing.assert_close(sums, torch.ones_like(sums))
         output = (block.attention @ block.values).transpose(1, 2).flatten(2)
         torch.testing.assert_close(output, block.output, rtol=1e-4, atol=1e-5)
 
 
 def test_the_hidden_states_are_those_that_the_next_block_receives(flux):
-    """The final layer of the last block's image tokens is the velocity; so is what the pass returned."""
-    received = []
-    block = flux.mmdit.single_blocks[2]
-    handle = block.register_forward_pre_hook(lambda block, inputs: received.append(inputs[0].clone()))
-    seen = watched(flux, generate, PROMPT, **HALF)[1]
-    handle.remove()
-    assert torch.equal(seen[2 + 1].hidden, received[0]) and torch.equal(seen[7 + 3].hidden, received[1])
-    first = flux.mmdit.single_blocks[0]
-    handle = first.register_forward_pre_hook(lambda block, inputs: received.append(inputs[0].clone()))
-    seen = watched(flux, generate, PROMPT, **HALF)[1]
-    handle.remove()
-    assert torch.equal(seen[1].hidden, received[2])                             # text first, then image
+    """From the last double block to the first single one too: the text first, then the image."""
+    for i in (0, 2):
+        received = []
+        handle = flux.mmdit.single_blocks[i].register_forward_pre_hook(
+            lambda block, inputs, received=received: received.append(inputs[0].clone()))
+        seen = watched(flux, generate, PROMPT, **HALF)[1]
+        handle.remove()
+        assert torch.equal(seen[1 + i].hidden, received[0])
+        assert torch.equal(seen[7 + 1 + i].hidden, received[1])
 
 
 def test_a_few_blocks_can_be_chosen(flux):
@@ -150,7 +149,7 @@ def test_nothing_stays_on_the_transformer(flux):
 
 
 def test_an_attention_elsewhere_is_not_recorded(flux):
-    """Only what a watched transformer does is kept; another model may run within the same `with`."""
+    """Only what the watched transformer does is kept; another may run within the `with`."""
     other = load("tiny-schnell", device="cpu")
     with watch(flux.mmdit) as seen:
         generate(other, PROMPT, **HALF)
@@ -165,10 +164,10 @@ def test_pieces_are_the_text_tokens_of_the_transformer(flux):
 
 
 def test_both_tokenizers_can_be_read_backwards(flux):
-    for ids, names in ((flux.clip_tokenizer.encode("a red apple"), flux.clip_tokenizer.id_to_symbol),
-                       (flux.t5_tokenizer.encode("a red apple"), flux.t5_tokenizer.id_to_piece)):
-        text = "".join(names[number] for number in ids)
-        assert text.replace("</w>", " ").replace("▁", " ").strip() == "a red apple"
+    clip, t5 = flux.clip_tokenizer, flux.t5_tokenizer
+    symbols = [clip.id_to_symbol[number] for number in clip.encode("a red apple")]
+    assert "".join(symbols) == "a</w>red</w>apple</w>"
+    assert "".join(t5.id_to_piece[number] for number in t5.encode("a red apple")) == "▁a▁red▁apple"
 
 
 def test_repeated_words_are_numbered_and_pieces_are_joined():

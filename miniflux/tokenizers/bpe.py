@@ -4,6 +4,7 @@ import heapq
 import re
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -83,6 +84,11 @@ class CLIPTokenizer:
         self.ranks = {pair: rank for rank, pair in enumerate(merges)}
         self.symbols = byte_symbols()
         self.cache: dict[str, list[int]] = {}
+
+    @cached_property
+    def id_to_symbol(self) -> dict[int, str]:
+        """The vocabulary the other way round, to see what a prompt was split into."""
+        return {number: symbol for symbol, number in self.vocab.items()}
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> "CLIPTokenizer":

@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -61,6 +62,11 @@ class T5Tokenizer:
         self.longest = max(map(len, self.pieces))
         self.unknown_score = min(score for _, score in pieces) - UNKNOWN_PENALTY
         self.cache: dict[str, list[int]] = {}
+
+    @cached_property
+    def id_to_piece(self) -> dict[int, str]:
+        """The vocabulary the other way round, to see what a prompt was split into."""
+        return {number: piece for piece, (number, _) in self.pieces.items()}
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> "T5Tokenizer":
