@@ -1,4 +1,5 @@
-"""Caches. Oracles: diffusers' hooks on the same small random model; by hand; the model without a cache."""
+"""Caches. Oracles: diffusers' hooks on the same small random model; by hand;
+the model without a cache."""
 
 import weakref
 
@@ -23,6 +24,7 @@ from miniflux.networks.mmdit import CallMemory, MMDiTInputs
 from miniflux.sampling import flow
 
 EDGES = Image.effect_noise((64, 48), 90).convert("RGB")
+FIRST_SINGLE = "single_blocks.0.linear1"
 
 
 @pytest.fixture(scope="module")
@@ -43,8 +45,9 @@ def net(tmp_path_factory):
 
 
 def paint(flux, prompt="a red apple", **keywords):
-    keywords = dict(width=64, height=48, steps=10, seed=7, max_text_tokens=24, output="latents", progress=False) | keywords
-    return generate(flux, prompt, **keywords)
+    settings = dict(width=64, height=48, steps=10, seed=7, max_text_tokens=24, output="latents",
+                    progress=False)
+    return generate(flux, prompt, **settings | keywords)
 
 
 def counted(flux, part, call):
@@ -57,26 +60,34 @@ def counted(flux, part, call):
 
 
 def peer(folder, config, prompt="a red apple", negative_prompt=None, true_cfg=1.0):
+    """The latents that diffusers samples, and how often it computed the first single block."""
     pipeline = FluxPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.transformer.enable_cache(config)
     seen = []
-    pipeline.transformer.single_transformer_blocks[0].proj_mlp.register_forward_hook(lambda *_: seen.append(1))
+    layer = pipeline.transformer.single_transformer_blocks[0].proj_mlp
+    layer.register_forward_hook(lambda *_: seen.append(1))
     prompts = [prompt] if isinstance(prompt, str) else prompt
-    latents = pipeline(prompt, width=64, height=48, num_inference_steps=10, max_sequence_length=24, negative_prompt=negative_prompt,
-                       true_cfg_scale=true_cfg, generator=[torch.Generator("cpu").manual_seed(7 + i) for i in range(len(prompts))],
-                       output_type="latent").images
+    generators = [torch.Generator("cpu").manual_seed(7 + i) for i in range(len(prompts))]
+    latents = pipeline(
+        prompt, negative_prompt=negative_prompt, true_cfg_scale=true_cfg,
+        width=64, height=48, num_inference_steps=10, max_sequence_length=24,
+        generator=generators, output_type="latent").images
     return pipeline._unpack_latents(latents, 48, 64, pipeline.vae_scale_factor), len(seen)
 
 
-CALLS = {"one": {}, "true cfg": dict(negative_prompt="a blue cat", true_cfg=3.0), "batch": dict(prompt=["a red apple", "two owls at night"])}
+CALLS = {
+    "one": {},
+    "true cfg": dict(negative_prompt="a blue cat", true_cfg=3.0),
+    "batch": dict(prompt=["a red apple", "two owls at night"]),
+}
 
 
 @pytest.mark.parametrize("threshold", [0.45, 0.55, 0.9])
 @pytest.mark.parametrize("call", CALLS)
 def test_the_first_block_cache_equals_diffusers(folder, flux, threshold, call):
     cached = cache(flux, "first_block", threshold=threshold)
-    ours, computed = counted(cached, "single_blocks.0.linear1", lambda: paint(cached, **CALLS[call]))
+    ours, computed = counted(cached, FIRST_SINGLE, lambda: paint(cached, **CALLS[call]))
     theirs, expected = peer(folder, FirstBlockCacheConfig(threshold), **CALLS[call])
     assert computed == expected
     assert (ours - theirs).abs().max() < 1e-4 * theirs.abs().max()
@@ -84,18 +95,25 @@ def test_the_first_block_cache_equals_diffusers(folder, flux, threshold, call):
 
 def test_the_thresholds_of_that_comparison_leave_out_some_steps_but_not_all(flux):
     """A random model's steps resemble each other little."""
-    counts = [counted(cached, "single_blocks.0.linear1", lambda: paint(cached))[1]
-              for cached in (cache(flux, threshold=threshold) for threshold in (0.3, 0.45, 0.55, 0.9))]
+    counts = []
+    for threshold in (0.3, 0.45, 0.55, 0.9):
+        cached = cache(flux, threshold=threshold)
+        _, computed = counted(cached, FIRST_SINGLE, lambda cached=cached: paint(cached))
+        counts.append(computed)
     assert counts[0] == 10 > counts[1] > counts[2] > counts[3]
 
 
-@pytest.mark.parametrize("interval, warmup, order", [(5, 3, 1), (2, 1, 1), (3, 2, 2), (4, 3, 0), (2, 4, 3)])
+@pytest.mark.parametrize("interval, warmup, order", [
+    (5, 3, 1), (2, 1, 1), (3, 2, 2), (4, 3, 0), (2, 4, 3),
+])
 @pytest.mark.parametrize("call", CALLS)
 def test_taylor_equals_diffusers_lite_form(folder, flux, interval, warmup, order, call):
     cached = cache(flux, "taylor", interval=interval, warmup=warmup, order=order)
-    ours, computed = counted(cached, "single_blocks.0.linear1", lambda: paint(cached, **CALLS[call]))
-    theirs, expected = peer(folder, TaylorSeerCacheConfig(cache_interval=interval, disable_cache_before_step=warmup, max_order=order,
-                                                          taylor_factors_dtype=torch.float32, use_lite_mode=True), **CALLS[call])
+    config = TaylorSeerCacheConfig(
+        cache_interval=interval, disable_cache_before_step=warmup, max_order=order,
+        taylor_factors_dtype=torch.float32, use_lite_mode=True)
+    ours, computed = counted(cached, FIRST_SINGLE, lambda: paint(cached, **CALLS[call]))
+    theirs, expected = peer(folder, config, **CALLS[call])
     assert computed == expected < 20
     assert (ours - theirs).abs().max() < 1e-4 * theirs.abs().max()
 
@@ -107,10 +125,14 @@ def test_a_series_of_order_two_continues_a_parabola():
         series.step = step
         series.update(torch.tensor([value]), order=2)
     series.step = 5
-    assert [float(f) for f in series.factors] == [9, 5, 2] and float(series.predict()) == 9 + 5 * 2 + 2 * 2**2 / 2
+    assert [float(f) for f in series.factors] == [9, 5, 2]
+    assert float(series.predict()) == 9 + 5 * 2 + 2 * 2**2 / 2
 
 
-@pytest.mark.parametrize("method, off", [("first_block", dict(threshold=0)), ("taylor", dict(interval=1))])
+@pytest.mark.parametrize("method, off", [
+    ("first_block", dict(threshold=0)),
+    ("taylor", dict(interval=1)),
+])
 def test_a_cache_that_is_off_is_the_model_itself(flux, method, off):
     assert cache(flux, method, **off) is flux
 
@@ -128,13 +150,15 @@ def test_each_call_begins_anew(flux, method, settings):
     cached = cache(flux, method, **settings)
     first = paint(cached)
     paint(cached, "two owls at night", width=32, height=32, steps=3)
-    assert torch.equal(paint(cached), first) and not torch.equal(first, paint(flux))
+    assert torch.equal(paint(cached), first)
+    assert not torch.equal(first, paint(flux))
 
 
 @pytest.mark.parametrize("method, settings", METHODS)
 def test_nothing_is_remembered_when_a_call_is_over(flux, method, settings, monkeypatch):
-    """Two streams while true CFG paints, none afterwards."""
-    states, lengths = weakref.WeakSet(), []
+    """Two streams during a call with true CFG, none afterwards."""
+    states = weakref.WeakSet()
+    lengths = []
     state_for = CacheStates.state_for
 
     def spy(self, inputs):
@@ -142,88 +166,132 @@ def test_nothing_is_remembered_when_a_call_is_over(flux, method, settings, monke
         return state
 
     monkeypatch.setattr(CacheStates, "state_for", spy)
-    paint(cache(flux, method, **settings), true_cfg=2.0, negative_prompt="a cat", on_step=lambda *_: lengths.append(len(states)))
-    assert lengths == [0] + [2] * 9 and len(states) == 0
+    paint(cache(flux, method, **settings), true_cfg=2.0, negative_prompt="a cat",
+          on_step=lambda *_: lengths.append(len(states)))
+    assert lengths == [0] + [2] * 9
+    assert len(states) == 0
 
 
 @pytest.mark.parametrize("method, settings", METHODS)
 def test_a_velocity_that_is_used_twice_begins_anew_where_the_time_rises(flux, method, settings):
-    cached, generator = cache(flux, method, **settings), torch.Generator().manual_seed(0)
-    x, txt, vec = (torch.randn(shape, generator=generator) for shape in ((1, 16, 4, 4), (1, 5, 32), (1, 24)))
+    cached = cache(flux, method, **settings)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 16, 4, 4, generator=generator)
+    txt = torch.randn(1, 5, 32, generator=generator)
+    vec = torch.randn(1, 24, generator=generator)
     velocity = flow(cached.mmdit, txt, vec, 3.5, 4, 4)
-    first, second = ([velocity(x, t) for t in (1.0, 0.9, 0.8, 0.7, 0.6)] for _ in range(2))
+    times = (1.0, 0.9, 0.8, 0.7, 0.6)
+    first = [velocity(x, t) for t in times]
+    second = [velocity(x, t) for t in times]
     assert all(torch.equal(a, b) for a, b in zip(first, second))
 
 
 @pytest.mark.parametrize("method, settings", METHODS)
 def test_the_model_that_was_cached_stays_as_it_is(flux, method, settings):
     before = paint(flux)
-    names, cached = list(flux.mmdit.state_dict()), cache(flux, method, **settings)
+    names = list(flux.mmdit.state_dict())
+    cached = cache(flux, method, **settings)
     paint(cached)
-    assert torch.equal(paint(flux), before) and list(cached.mmdit.state_dict()) == names
-    assert all(a is b for a, b in zip(cached.mmdit.parameters(), flux.mmdit.parameters(), strict=True))
+    assert torch.equal(paint(flux), before)
+    assert list(cached.mmdit.state_dict()) == names
+    for a, b in zip(cached.mmdit.parameters(), flux.mmdit.parameters(), strict=True):
+        assert a is b
 
 
 def test_residuals_of_a_controlnet_are_added_once_and_are_those_of_the_step(flux):
-    """Two steps with unlike residuals, the second not computed: its result is that of a transformer whose other blocks add what they added
-    in the first step. (diffusers adds the first step's residuals and the second's.)"""
+    """Two steps with unlike residuals, the second not computed.
+
+    Its result is that of a transformer whose other blocks add what they added in the first step.
+    (diffusers adds the first step's residuals and the second's.)
+    """
+    mmdit = flux.mmdit
     generator = torch.Generator().manual_seed(0)
-    img, txt, vec = (torch.randn(shape, generator=generator) for shape in ((1, 6, 64), (1, 5, 32), (1, 24)))
-    t, guidance, ids = torch.tensor([0.5]), torch.tensor([3.5]), (torch.randint(0, 4, (6, 3)), torch.zeros(5, 3, dtype=torch.int64))
-    depth = flux.mmdit.config.depth + flux.mmdit.config.depth_single_blocks
-    first, second = ([torch.randn(1, 6, 48, generator=generator) for _ in range(depth)] for _ in range(2))
-    ends, starts, mmdit = [], [], flux.mmdit
-    handles = [mmdit.final_layer.register_forward_pre_hook(lambda module, inputs: ends.append(inputs[0])),
-               mmdit.double_blocks[0].register_forward_hook(lambda module, inputs, out: starts.append(out[0]))]
-    given = MMDiTInputs(img, txt, vec, t, guidance, *ids, memory=CallMemory())
-    mmdit(given._replace(residuals=first))
+    img = torch.randn(1, 6, 64, generator=generator)
+    txt = torch.randn(1, 5, 32, generator=generator)
+    vec = torch.randn(1, 24, generator=generator)
+    t = torch.tensor([0.5])
+    guidance = torch.tensor([3.5])
+    img_ids = torch.randint(0, 4, (6, 3))
+    txt_ids = torch.zeros(5, 3, dtype=torch.int64)
+    depth = mmdit.config.depth + mmdit.config.depth_single_blocks
+    first, second = torch.randn(2, depth, 1, 6, 48, generator=generator)
+    inputs = MMDiTInputs(img, txt, vec, t, guidance, img_ids, txt_ids, memory=CallMemory())
+    in_first = inputs._replace(residuals=list(first))
+    in_second = inputs._replace(residuals=list(second))
+
+    starts = []                                 # after the first block
+    ends = []                                   # before the last layer
+    handles = [
+        mmdit.double_blocks[0].register_forward_hook(lambda block, _, out: starts.append(out[0])),
+        mmdit.final_layer.register_forward_pre_hook(lambda layer, given: ends.append(given[0])),
+    ]
+    mmdit(in_first)
     for handle in handles:
         handle.remove()
-    others = ends[0] - starts[0] - sum(first)
-    expected = mmdit.final_layer(starts[0] + others + sum(second), mmdit.conditioning(vec, t, guidance))
+    start, = starts
+    end, = ends
+    others = end - start - sum(first)
+    conditioning = mmdit.conditioning(vec, t, guidance)
+    expected = mmdit.final_layer(start + others + sum(second), conditioning)
 
     cached = cache(flux, threshold=0.1).mmdit
-    assert torch.equal(cached(given._replace(residuals=first)), mmdit(given._replace(residuals=first)))
-    got = cached(given._replace(residuals=second))
+    assert torch.equal(cached(in_first), mmdit(in_first))
+    got = cached(in_second)
     assert (got - expected).abs().max() < 1e-5 * expected.abs().max()
-    assert (got - mmdit(given._replace(residuals=second))).abs().max() > 1e-2 * expected.abs().max()
+    assert (got - mmdit(in_second)).abs().max() > 1e-2 * expected.abs().max()
 
 
-PEERS = {"first_block": FirstBlockCacheConfig(0.55), "taylor": TaylorSeerCacheConfig(
-    cache_interval=3, taylor_factors_dtype=torch.float32, use_lite_mode=True)}
+PEERS = {
+    "first_block": FirstBlockCacheConfig(0.55),
+    "taylor": TaylorSeerCacheConfig(
+        cache_interval=3, taylor_factors_dtype=torch.float32, use_lite_mode=True),
+}
 
 
 @pytest.mark.parametrize("method, settings", METHODS)
 @pytest.mark.parametrize("kind", ["ip adapter", "kontext"])
-def test_further_keys_and_further_tokens_are_cached_as_diffusers_does(folder, tmp_path, method, settings, kind):
+def test_further_keys_and_further_tokens_are_cached_as_diffusers_does(
+        folder, tmp_path, method, settings, kind):
     save_file(ip_adapter_state(), tmp_path / "ip.safetensors")
     clip_vision().save_pretrained(tmp_path / "image_encoder")
 
     def adapt(flux):
-        return cache(add_ip_adapter(flux, tmp_path / "ip.safetensors") if kind == "ip adapter" else flux, method, **settings)
+        if kind == "ip adapter":
+            flux = add_ip_adapter(flux, tmp_path / "ip.safetensors")
+        return cache(flux, method, **settings)
 
     def adapt_theirs(pipeline):
         if kind == "ip adapter":
-            pipeline.load_ip_adapter(str(tmp_path), weight_name="ip.safetensors", image_encoder_dtype=torch.float32,
-                                     image_encoder_pretrained_model_name_or_path=str(tmp_path / "image_encoder"))
+            encoder = str(tmp_path / "image_encoder")
+            pipeline.load_ip_adapter(str(tmp_path), weight_name="ip.safetensors",
+                                     image_encoder_dtype=torch.float32,
+                                     image_encoder_pretrained_model_name_or_path=encoder)
             pipeline.set_ip_adapter_scale(1.0)
         pipeline.transformer.enable_cache(PEERS[method])
-        _set_cache_context(pipeline.transformer, CacheContext("cond"))          # only FluxPipeline does it itself
+        # Of their pipelines only FluxPipeline does it itself.
+        _set_cache_context(pipeline.transformer, CacheContext("cond"))
 
-    both = dict(width=64, height=48, steps=8, adapt=adapt, adapt_theirs=adapt_theirs, output="latents")
+    both = dict(width=64, height=48, steps=8, output="latents",
+                adapt=adapt, adapt_theirs=adapt_theirs)
     if kind == "kontext":
-        got = difference(kontext_edit, FluxKontextPipeline, folder, {"image": EDGES}, auto_resize=False, max_area=64 * 48, **both)
+        got = difference(kontext_edit, FluxKontextPipeline, folder, {"image": EDGES},
+                         auto_resize=False, max_area=64 * 48, **both)
     else:
-        got = difference(generate, FluxPipeline, folder, {}, ours=dict(ip_image=EDGES), theirs=dict(ip_adapter_image=EDGES), **both)
+        got = difference(generate, FluxPipeline, folder, {}, ours=dict(ip_image=EDGES),
+                         theirs=dict(ip_adapter_image=EDGES), **both)
     assert got < 1e-4
 
 
 @pytest.mark.parametrize("method, settings", METHODS)
-def test_with_a_controlnet_and_a_batch_steps_are_left_out_and_the_rest_is_the_same(flux, net, method, settings):
-    keywords = dict(prompt=["a red apple", "two owls"], num_images=2, controlnet=(net, EDGES, 0.2, 0.0, 0.6))
-    plain, cached = paint(flux, **keywords), cache(flux, method, **settings)
-    got, computed = counted(cached, "single_blocks.0.linear1", lambda: paint(cached, **keywords))
-    assert 1 < computed < 10 and not torch.allclose(got, plain, atol=1e-3)
+def test_a_controlnet_and_a_batch_are_cached_and_without_skipped_steps_all_is_the_same(
+        flux, net, method, settings):
+    keywords = dict(prompt=["a red apple", "two owls"], num_images=2,
+                    controlnet=(net, EDGES, 0.2, 0.0, 0.6))
+    plain = paint(flux, **keywords)
+    cached = cache(flux, method, **settings)
+    got, computed = counted(cached, FIRST_SINGLE, lambda: paint(cached, **keywords))
+    assert 1 < computed < 10
+    assert not torch.allclose(got, plain, atol=1e-3)
     never = dict(threshold=1e-9) if method == "first_block" else dict(warmup=10)
     assert torch.equal(paint(cache(flux, method, **never), **keywords), plain)
 
@@ -233,9 +301,12 @@ def test_a_lora_may_be_added_before_or_after_the_cache(flux, tmp_path, method, s
     generator = torch.Generator().manual_seed(0)
     file = tmp_path / "lora.safetensors"
     state = {}
-    for module, inside, out in (("single_blocks.1.linear1", 48, 48 * 7), ("double_blocks.1.img_attn.proj", 48, 48), ("img_in", 64, 48)):
-        state[f"diffusion_model.{module}.lora_A.weight"] = 0.1 * torch.randn(4, inside, generator=generator)
-        state[f"diffusion_model.{module}.lora_B.weight"] = 0.1 * torch.randn(out, 4, generator=generator)
+    for name in ("single_blocks.1.linear1", "double_blocks.1.img_attn.proj", "img_in"):
+        layer = flux.mmdit.get_submodule(name)
+        down = 0.1 * torch.randn(4, layer.in_features, generator=generator)
+        up = 0.1 * torch.randn(layer.out_features, 4, generator=generator)
+        state[f"diffusion_model.{name}.lora_A.weight"] = down
+        state[f"diffusion_model.{name}.lora_B.weight"] = up
     save_file(state, file)
     after = paint(cache(add_lora(flux, file), method, **settings))
     assert torch.equal(paint(add_lora(cache(flux, method, **settings), file)), after)
@@ -250,8 +321,10 @@ def test_bfloat16_stays_bfloat16(folder):
 
 @pytest.mark.parametrize("arguments, sentence", [
     (("second_block",), "there is no cache 'second_block': expected one of first_block, taylor"),
-    (("first_block", dict(interval=3)), "the cache 'first_block' has no interval: expected threshold"),
-    (("taylor", dict(threshold=0.1)), "the cache 'taylor' has no threshold: expected interval, warmup, order"),
+    (("first_block", dict(interval=3)),
+     "the cache 'first_block' has no interval: expected threshold"),
+    (("taylor", dict(threshold=0.1)),
+     "the cache 'taylor' has no threshold: expected interval, warmup, order"),
     (("first_block", dict(threshold=-0.1)), "threshold is -0.1: expected a number from 0 to 10"),
     (("first_block", dict(threshold=float("nan"))), "threshold is nan"),
     (("taylor", dict(interval=2.5)), "interval is 2.5: expected a whole number"),
@@ -269,20 +342,25 @@ def test_a_second_cache_gets_one_sentence(flux):
 
 
 def command(folder, path, *flags):
-    cli.run(cli.parser("generate", ""), generate, argv=["a red apple", "--model", str(folder), "--device", "cpu", "--width", "64", "--height", "48",
-            "--steps", "6", "--max-text-tokens", "8", "--quiet", "--output", str(path), *flags])
+    usual = "--device cpu --width 64 --height 48 --steps 6 --max-text-tokens 8 --quiet".split()
+    argv = ["a red apple", "--model", str(folder), *usual, "--output", str(path), *flags]
+    cli.run(cli.parser("generate", ""), generate, argv=argv)
 
 
 @pytest.mark.parametrize("flags, method, settings", [
     (["--cache", "taylor", "--cache-interval", "2"], "taylor", dict(interval=2)),
-    (["--cache-threshold", "0.55", "--tile", "32"], "first_block", dict(threshold=0.55)), (["--cache", "first_block"], "first_block", {})])
-def test_the_commands_flags_are_the_functions_keywords(folder, flux, tmp_path, flags, method, settings):
+    (["--cache-threshold", "0.55", "--tile", "32"], "first_block", dict(threshold=0.55)),
+    (["--cache", "first_block"], "first_block", {}),
+])
+def test_the_commands_flags_are_the_functions_keywords(
+        folder, flux, tmp_path, flags, method, settings):
     command(folder, tmp_path / "a.png", *flags)
     cached = cache(tile(flux, 32) if "--tile" in flags else flux, method, **settings)
     expected, = paint(cached, steps=6, seed=0, max_text_tokens=8, output="pil")
-    with Image.open(tmp_path / "a.png") as picture:
-        assert picture.tobytes() == expected.tobytes()
-        assert all(flag in picture.text["command"] for flag in flags)
+    with Image.open(tmp_path / "a.png") as image:
+        assert image.tobytes() == expected.tobytes()
+        for flag in flags:
+            assert flag in image.text["command"]
 
 
 @pytest.mark.parametrize("flags, sentence", [
@@ -296,4 +374,6 @@ def test_wrong_flags_get_one_line(folder, tmp_path, capsys, flags, sentence):
     with pytest.raises(SystemExit) as stop:
         command(folder, tmp_path / "a.png", *flags)
     error = capsys.readouterr().err.splitlines()
-    assert stop.value.code == 2 and sentence in error[-1] and not list(tmp_path.iterdir())
+    assert stop.value.code == 2
+    assert sentence in error[-1]
+    assert not list(tmp_path.iterdir())
