@@ -28,9 +28,10 @@ from miniflux.networks.attention import attention_backend
 from miniflux.networks.mmdit import MMDiT, MMDiTConfig
 
 PROMPTS = ("a red apple", "two owls at night", "a cat", "a blue car")
-SIZES = MMDiTConfig(vec_in_dim=24, context_in_dim=32, hidden_size=64, num_heads=2, depth=2, depth_single_blocks=2,
-                    axes_dim=(4, 14, 14))
-STORED = ("lora", "unmerged lora", "int8", "ip", "modulation", "compile", "first block", "taylor", "tile")
+SIZES = MMDiTConfig(vec_in_dim=24, context_in_dim=32, hidden_size=64, num_heads=2,
+                    depth=2, depth_single_blocks=2, axes_dim=(4, 14, 14))
+STORED = ("lora", "unmerged lora", "int8", "ip", "modulation", "compile",
+          "first block", "taylor", "tile")
 FEATURES = (*STORED, "offload block", "offload leaf", "offload disk")
 
 
@@ -49,14 +50,17 @@ def flux(folder):
 def features(tmp_path_factory):
     path = tmp_path_factory.mktemp("features")
     draw = torch.Generator().manual_seed(5)
+    lora = path / "lora.safetensors"
     name = "diffusion_model.double_blocks.0.img_attn.qkv.lora_{}.weight"
-    save_file({name.format("A"): torch.randn(4, 64, generator=draw), name.format("B"): torch.randn(192, 4, generator=draw)},
-              path / "lora.safetensors")
+    save_file({
+        name.format("A"): torch.randn(4, 64, generator=draw),
+        name.format("B"): torch.randn(192, 4, generator=draw),
+    }, lora)
     save_file(ip_adapter_state(hidden=64), path / "ip.safetensors")
     clip_vision().save_pretrained(path / "image_encoder")
     return {
-        "lora": lambda flux: add_lora(flux, path / "lora.safetensors", name="merged"),
-        "unmerged lora": lambda flux: add_lora(flux, path / "lora.safetensors", name="unmerged", merge=False),
+        "lora": lambda flux: add_lora(flux, lora, name="merged"),
+        "unmerged lora": lambda flux: add_lora(flux, lora, name="unmerged", merge=False),
         "int8": lambda flux: quantize(flux, "int8"),
         "ip": lambda flux: add_ip_adapter(flux, path / "ip.safetensors"),
         "modulation": precompute_modulation,
@@ -71,17 +75,20 @@ def features(tmp_path_factory):
 
 
 def sample(flux, i: int, **settings) -> torch.Tensor:
-    settings = dict(width=48 + 16 * (i % 2), height=48, steps=3, seed=i, max_text_tokens=8, output="tensor",
-                    progress=False) | settings
+    usual = dict(width=48 + 16 * (i % 2), height=48, steps=3, seed=i, max_text_tokens=8,
+                 output="tensor", progress=False)
+    settings = usual | settings
     if i == 3:
         settings |= dict(negative_prompt="an owl", true_cfg=2.0)
     if flux.ip_adapters:
-        settings |= dict(ip_image=torch.rand(3, 20, 30, generator=torch.Generator().manual_seed(i)))
+        image = torch.rand(3, 20, 30, generator=torch.Generator().manual_seed(i))
+        settings |= dict(ip_image=image)
     return generate(flux, PROMPTS[i], **settings)
 
 
 def in_threads(function, inputs) -> list:
-    """function(x) for all inputs at once: each its result, or its error. Threads change places every few microseconds."""
+    """function(x) for all inputs at once: for each its result, or its error.
+    Threads change places every few microseconds."""
     results = {}
 
     def run(i, x):
@@ -106,17 +113,24 @@ def in_threads(function, inputs) -> list:
 @pytest.fixture(scope="module")
 def exclusive():
     """Pairs that one model cannot have both of."""
-    return {frozenset(pair) for pair in (("first block", "taylor"), ("offload block", "offload leaf"),
-                                         ("offload block", "offload disk"), ("offload leaf", "offload disk"))}
+    pairs = [
+        ("first block", "taylor"),
+        ("offload block", "offload leaf"),
+        ("offload block", "offload disk"),
+        ("offload leaf", "offload disk"),
+    ]
+    return {frozenset(pair) for pair in pairs}
 
 
 # Compiling takes seconds, so it meets only those that act within the blocks or around them.
-PAIRS = [pair for pair in itertools.combinations(FEATURES, 2) if "compile" not in pair
-         or {"unmerged lora", "int8", "first block", "offload block"} & set(pair)]
+WITH_COMPILE = {"unmerged lora", "int8", "first block", "offload block"}
+PAIRS = [pair for pair in itertools.combinations(FEATURES, 2)
+         if "compile" not in pair or WITH_COMPILE & set(pair)]
 
 
 @pytest.mark.parametrize("first, second", PAIRS)
-def test_four_threads_sample_what_one_samples_with_two_features(flux, features, exclusive, first, second):
+def test_four_threads_sample_what_one_samples_with_two_features(
+        flux, features, exclusive, first, second):
     if {first, second} in exclusive:
         with pytest.raises(ValueError, match="already"):
             features[second](features[first](flux))
@@ -125,8 +139,10 @@ def test_four_threads_sample_what_one_samples_with_two_features(flux, features, 
     expected = [sample(model, i) for i in range(4)]
     for i, result in enumerate(in_threads(lambda i: sample(model, i), [*range(4)])):
         assert isinstance(result, torch.Tensor), result
-        # Note: which sizes a graph is compiled for depends on the order of the calls, and the rounding on that.
-        assert (result - expected[i]).abs().max() <= (1e-5 if "compile" in (first, second) else 0)
+        # Note: the sizes that a graph is compiled for depend on the order of the calls,
+        # and the rounding on those sizes.
+        bound = 1e-5 if "compile" in (first, second) else 0
+        assert (result - expected[i]).abs().max() <= bound
 
 
 def test_each_thread_has_an_attention_backend_of_its_own(flux):
@@ -144,24 +160,32 @@ def test_each_thread_has_an_attention_backend_of_its_own(flux):
 def test_threads_load_with_and_without_numbers_at_once(folder):
     def kind(i):
         with meta_tensors() if i % 2 else nullcontext():
-            return {tensor.device.type for tensor in load(folder, device="cpu").mmdit.parameters() if tensor.ndim == 2}
+            mmdit = load(folder, device="cpu").mmdit
+        return {tensor.device.type for tensor in mmdit.parameters() if tensor.ndim == 2}
 
-    with pytest.MonkeyPatch.context() as patch:                                 # meta tensors are not moved to the CPU
-        patch.setattr("miniflux.checkpoints.building.place", lambda tensor, device, dtype: tensor)
+    def stay(tensor, device, dtype):
+        return tensor
+
+    with pytest.MonkeyPatch.context() as patch:             # meta tensors are not moved to the CPU
+        patch.setattr("miniflux.checkpoints.building.place", stay)
         assert in_threads(kind, [*range(8)]) == [{"cpu"}, {"meta"}] * 4
 
 
-# ---------------------------------------------------------------------------------------------------------------- copies
+# ------------------------------------------------------------------------------- copies
 
 
 @pytest.mark.parametrize("feature", STORED)
-@pytest.mark.parametrize("store", [copy.deepcopy, lambda flux: pickle.loads(pickle.dumps(flux))], ids=["deepcopy", "pickle"])
-def test_a_model_with_any_feature_that_can_be_stored_is_copied_and_pickled(flux, features, feature, store):
+@pytest.mark.parametrize("store", [
+    copy.deepcopy,
+    lambda flux: pickle.loads(pickle.dumps(flux)),
+], ids=["deepcopy", "pickle"])
+def test_a_model_with_any_feature_that_can_be_stored_is_copied_and_pickled(
+        flux, features, feature, store):
     model = features[feature](flux)
     copied = store(model)
     for parameter in copied.mmdit.parameters():
         assert all(parameter is not other for other in model.mmdit.parameters())
-    # Note: bit for bit but for the addresses of the weights, on which the order of a sum may depend.
+    # Note: not bit for bit. The order of a sum may depend on the addresses of the weights.
     assert (sample(copied, 0) - sample(model, 0)).abs().max() < 1e-5
 
 
@@ -172,24 +196,31 @@ def test_a_copy_has_a_modulation_of_its_own(flux):
     assert copied.layers[0].lin.weight is not original.layers[0].lin.weight
 
 
-@pytest.mark.parametrize("store, sentence", [(copy.deepcopy, "cannot be changed any more"), (pickle.dumps, "cannot be pickled")])
+@pytest.mark.parametrize("store, sentence", [
+    (copy.deepcopy, "cannot be changed any more"),
+    (pickle.dumps, "cannot be pickled"),
+])
 def test_an_offloaded_model_is_not_stored(flux, store, sentence):
     with pytest.raises(ValueError, match=f"an offloaded model {sentence}"):
         store(offload(flux, "cpu", "block"))
 
 
-# ----------------------------------------------------------------------------------------------------------------- order
+# -------------------------------------------------------------------------------- order
 
 
-@pytest.mark.parametrize("feature, other", [(feature, other) for feature in NOT_AFTER for other in NOT_AFTER[feature]])
+TOO_LATE = [(feature, other) for feature in NOT_AFTER for other in NOT_AFTER[feature]]
+
+
+@pytest.mark.parametrize("feature, other", TOO_LATE)
 def test_a_feature_that_comes_too_late_gets_one_sentence(flux, feature, other):
     mmdit = copy.copy(flux.mmdit)
     mark(mmdit, other)
-    with pytest.raises(ValueError, match=f"this model is {other} already, and then cannot be {feature}"):
+    sentence = f"this model is {other} already, and then cannot be {feature}"
+    with pytest.raises(ValueError, match=sentence):
         check_order(replace(flux, mmdit=mmdit), feature)
 
 
-# ---------------------------------------------------------------------------------------------------------------- growth
+# ------------------------------------------------------------------------------- growth
 
 
 RESIDENT = """
@@ -218,5 +249,6 @@ print(resident() - before)
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the resident memory from /proc")
 def test_two_hundred_loads_and_calls_take_no_more_memory(folder):
     """A model of this size has 1 MB of weights."""
-    result = subprocess.run([sys.executable, "-c", RESIDENT, str(folder)], capture_output=True, text=True, check=True)
+    command = [sys.executable, "-c", RESIDENT, str(folder)]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
     assert int(result.stdout) < 8 * 2**20

@@ -1,4 +1,5 @@
-"""Tiles. Oracles: diffusers' tiled and sliced autoencoder with the same random weights; by hand; the plain model."""
+"""Tiles. Oracles: diffusers' tiled and sliced autoencoder with the same random weights; by hand;
+the plain model."""
 
 from dataclasses import replace
 
@@ -17,12 +18,14 @@ def pair(tmp_path_factory):
     folder = tmp_path_factory.mktemp("vae")
     theirs = vae()
     theirs.save_pretrained(folder)
-    return replace(load(device="cpu"), autoencoder=load_autoencoder(folder, torch.device("cpu"), torch.float32)), theirs
+    ours = load_autoencoder(folder, torch.device("cpu"), torch.float32)
+    return replace(load(device="cpu"), autoencoder=ours), theirs
 
 
 def tiled(pair, size):
     flux, theirs = pair
-    theirs.tile_sample_min_size, theirs.tile_latent_min_size = size, size // 8
+    theirs.tile_sample_min_size = size
+    theirs.tile_latent_min_size = size // 8
     theirs.enable_tiling()
     theirs.enable_slicing()
     return tile(flux, size).autoencoder, theirs
@@ -45,18 +48,23 @@ def test_decoding_in_tiles_equals_diffusers(pair, size, h, w):
 @pytest.mark.parametrize("size", [32, 64])
 @pytest.mark.parametrize("h, w", [(64, 64), (33, 72), (88, 40), (104, 136), (61, 117), (200, 24)])
 def test_encoding_in_tiles_equals_diffusers(pair, size, h, w):
-    """Also pictures whose sides are no multiples of 8."""
+    """Also images whose sides are no multiples of 8."""
     ours, theirs = tiled(pair, size)
-    picture = torch.rand(2, 3, h, w, generator=torch.Generator().manual_seed(w)) * 2 - 1
-    mean = theirs.encode(picture).latent_dist.mean
-    assert relative(ours.encode(picture), (mean - ours.config.shift_factor) * ours.config.scale_factor) < 1e-5
+    image = torch.rand(2, 3, h, w, generator=torch.Generator().manual_seed(w)) * 2 - 1
+    mean = theirs.encode(image).latent_dist.mean
+    expected = (mean - ours.config.shift_factor) * ours.config.scale_factor
+    assert relative(ours.encode(image), expected) < 1e-5
 
 
-def test_one_picture_at_a_time_equals_diffusers_slices_and_the_batch(pair):
+def test_one_image_at_a_time_equals_diffusers_slices_and_the_batch(pair):
     flux, theirs = pair
     z = torch.randn(3, 16, 6, 4, generator=torch.Generator().manual_seed(0))
-    sizes, decoder = [], flux.autoencoder.decoder
-    handle = decoder.conv_in.register_forward_hook(lambda module, inputs, output: sizes.append(tuple(inputs[0].shape)))
+    sizes = []
+
+    def look(module, inputs, output):
+        sizes.append(tuple(inputs[0].shape))
+
+    handle = flux.autoencoder.decoder.conv_in.register_forward_hook(look)
     sliced = tile(flux, 64).autoencoder.decode(z)
     handle.remove()
     assert sizes == [(1, 16, 6, 4)] * 3
@@ -66,13 +74,19 @@ def test_one_picture_at_a_time_equals_diffusers_slices_and_the_batch(pair):
     assert relative(sliced, flux.autoencoder.decode(z)) < 1e-5
 
 
-def test_a_picture_not_larger_than_a_tile_is_the_plain_one_bit_for_bit():
-    """128 pixels, the size of the shipped model's pictures; its tiles are as large. A wider one differs, a little."""
+def test_an_image_not_larger_than_a_tile_is_the_plain_one_bit_for_bit():
+    """128 pixels, the size of the shipped model's images; its tiles are as large.
+    A wider one differs, a little."""
     flux = load(device="cpu")
+    tiled_flux = tile(flux)
     keywords = dict(steps=1, output="tensor", progress=False)
-    assert torch.equal(generate(tile(flux), "an owl", **keywords), generate(flux, "an owl", **keywords))
-    wide, plain = (generate(f, "an owl", width=208, **keywords) for f in (tile(flux), flux))
-    assert wide.shape == plain.shape == (1, 3, 128, 208) and 0 < (wide - plain).abs().mean() < 0.05
+    expected = generate(flux, "an owl", **keywords)
+    assert torch.equal(generate(tiled_flux, "an owl", **keywords), expected)
+
+    wide = generate(tiled_flux, "an owl", width=208, **keywords)
+    plain = generate(flux, "an owl", width=208, **keywords)
+    assert wide.shape == plain.shape == (1, 3, 128, 208)
+    assert 0 < (wide - plain).abs().mean() < 0.05
 
 
 def test_where_each_place_keeps_its_value_tiles_are_the_whole(pair):
@@ -95,8 +109,10 @@ def test_the_given_model_stays_as_it_is(pair):
     flux, _ = pair
     before = dict(vars(flux.autoencoder.decoder))
     copied = tile(flux, 32).autoencoder
-    assert vars(flux.autoencoder.decoder) == before and type(copied) is type(flux.autoencoder)
-    assert all(a is b for a, b in zip(copied.parameters(), flux.autoencoder.parameters(), strict=True))
+    assert vars(flux.autoencoder.decoder) == before
+    assert type(copied) is type(flux.autoencoder)
+    for a, b in zip(copied.parameters(), flux.autoencoder.parameters(), strict=True):
+        assert a is b
 
 
 @pytest.mark.parametrize("size", [0, -32, 33, 48, 64.0, "64"])
