@@ -22,13 +22,19 @@ def official_t5():
 
 @pytest.fixture(scope="session")
 def small_clip_folder(tmp_path_factory):
-    """A vocabulary of 600 symbols, learned here. Most bytes have no `</w>` form: unknown at the end
-    of a word."""
+    """A vocabulary of 600 symbols, learned here.
+
+    Most bytes have no form with `</w>`: they are unknown at the end of a word."""
     folder = tmp_path_factory.mktemp("clip")
     reference = clip_pipeline(models.BPE(unk_token=END, end_of_word_suffix="</w>"))
-    reference.train_from_iterator([" ".join(WORDS)] * 9, trainers.BpeTrainer(
-        vocab_size=600, special_tokens=[START, END], end_of_word_suffix="</w>", show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    trainer = trainers.BpeTrainer(
+        vocab_size=600,
+        special_tokens=[START, END],
+        end_of_word_suffix="</w>",
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    reference.train_from_iterator([" ".join(WORDS)] * 9, trainer)
     reference.model.save(str(folder))
     return folder
 

@@ -28,15 +28,23 @@ WORDS = ["<s0>", "<S0>", "<s1>", "sks", "SKS", " ", "  ", "\t", "low", "a", "sks
 
 def texts(count: int) -> list[str]:
     draw = random.Random(3)
-    return ["".join(draw.choice(WORDS) + draw.choice(["", "", " "])
-                    for _ in range(draw.randint(0, 7))) for _ in range(count)]
+    result = []
+    for _ in range(count):
+        text = ""
+        for _ in range(draw.randint(0, 7)):
+            text += draw.choice(WORDS) + draw.choice(["", "", " "])
+        result.append(text)
+    return result
 
 
 def random_tokens(seed: int) -> list[dict]:
     """Four added tokens with random rules."""
     draw = random.Random(seed)
-    return [{"content": content, **{flag: draw.random() < 0.4 for flag in FLAGS}}
-            for content in ("<s0>", "<s1>", "sks", "two words")]
+    tokens = []
+    for content in ("<s0>", "<s1>", "sks", "two words"):
+        flags = {flag: draw.random() < 0.4 for flag in FLAGS}
+        tokens.append({"content": content, **flags})
+    return tokens
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -69,8 +77,8 @@ def test_the_words_of_a_pivotal_tuning_are_read_from_every_file(small_clip_folde
     size = len(json.loads((small_clip_folder / "vocab.json").read_text()))
     old = copy(small_clip_folder, tmp_path / "old")
     (old / "added_tokens.json").write_text(json.dumps({"<s0>": size, "<s1>": size + 1}))
-    new = copy(small_clip_folder, tmp_path / "new", added_tokens_decoder={
-        str(size): {"content": "<s0>"}, str(size + 1): {"content": "<s1>"}})
+    decoder = {str(size): {"content": "<s0>"}, str(size + 1): {"content": "<s1>"}}
+    new = copy(small_clip_folder, tmp_path / "new", added_tokens_decoder=decoder)
     for folder in (old, new):
         tokenizer = CLIPTokenizer.from_folder(folder)
         assert tokenizer.encode("a <s0><S1>")[-2:] == [size, size + 1]
@@ -86,24 +94,20 @@ def test_a_word_of_several_vectors_is_all_of_them():
 
 
 def test_a_typed_token_has_the_id_of_the_vocabulary(small_clip_folder, tmp_path):
-    """Whatever number a file gives to one that is in the vocabulary; as in the library."""
+    """A file cannot give another number to a token of the vocabulary; as in the library."""
     folder = copy(small_clip_folder, tmp_path / "a", added_tokens_decoder={"9": {"content": END}})
     tokenizer = CLIPTokenizer.from_folder(folder)
     assert tokenizer.encode(END) == [tokenizer.end]
 
 
-@pytest.mark.parametrize(
-    "decoder",
-    [
-        {"x": {"content": "<s>"}},
-        {"1": {}},
-        {"1": 3},
-        {"-1": {"content": "a"}},
-        {"1": {"content": 3}},
-        [1],
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("decoder", [
+    {"x": {"content": "<s>"}},
+    {"1": {}},
+    {"1": 3},
+    {"-1": {"content": "a"}},
+    {"1": {"content": 3}},
+    [1],
+], ids=str)
 def test_damaged_added_tokens_are_refused(small_clip_folder, tmp_path, decoder):
     folder = copy(small_clip_folder, tmp_path / "a", added_tokens_decoder=decoder)
     with pytest.raises(ValueError, match="has damaged added tokens"):

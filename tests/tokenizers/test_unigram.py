@@ -30,8 +30,9 @@ def test_t5_equals_the_tokenizers_library_on_the_official_files(official_t5):
 
 
 def test_t5_equals_the_tokenizers_library_on_a_small_vocabulary(small_t5_folder, tmp_path):
-    """Oracle: the rules of T5's tokenizer.json, run by the `tokenizers` library on pieces that
-    SentencePiece reports."""
+    """Oracle: the `tokenizers` library with the rules of T5's tokenizer.json.
+
+    Its pieces are those that SentencePiece reports."""
     sentencepiece = pytest.importorskip("sentencepiece")
     model = sentencepiece.SentencePieceProcessor(model_file=str(small_t5_folder / "spiece.model"))
     pieces = [(model.id_to_piece(i), model.get_score(i)) for i in range(len(model))]
@@ -45,34 +46,37 @@ def test_t5_equals_the_tokenizers_library_on_a_small_vocabulary(small_t5_folder,
     (tmp_path / "json").mkdir()
     reference.save(str(tmp_path / "json/tokenizer.json"))
     from_json = T5Tokenizer.from_folder(tmp_path / "json")
-    assert from_json.pieces == from_spiece.pieces and from_json.special == from_spiece.special
-    assert all(from_json.encode(text) == from_spiece.encode(text) for text in texts[:5000])
+    assert from_json.pieces == from_spiece.pieces
+    assert from_json.special == from_spiece.special
+    for text in texts[:5000]:
+        assert from_json.encode(text) == from_spiece.encode(text)
 
 
 def test_t5_equals_sentencepiece_where_the_definitions_agree(small_t5_folder):
-    """Oracle: SentencePiece itself. It has no grapheme clusters, no typed special tokens, and adds
-    in float32: plain words."""
+    """Oracle: SentencePiece itself, on plain words.
+
+    It has no grapheme clusters and no typed special tokens, and it adds in float32."""
     sentencepiece = pytest.importorskip("sentencepiece")
     model = sentencepiece.SentencePieceProcessor(model_file=str(small_t5_folder / "spiece.model"))
     tokenizer = T5Tokenizer.from_folder(small_t5_folder)
     draw = random.Random(5)
     pools = [WORDS, list("aeinorst"), list("北京é①Σ \t\u3000"), list("astronautphoto' ,.")]
-    texts = [
-        "".join(
-            draw.choice(draw.choice(pools)) + draw.choice(["", " "])
-            for _ in range(draw.randint(0, 30))
-        )
-        for _ in range(20_000)
-    ]
-    texts = [unicodedata.normalize("NFC", text) for text in texts]
+    texts = []
+    for _ in range(20_000):
+        text = ""
+        for _ in range(draw.randint(0, 30)):
+            text += draw.choice(draw.choice(pools)) + draw.choice(["", " "])
+        texts.append(unicodedata.normalize("NFC", text))
     wrong = [t for t, e in zip(texts, model.encode(texts)) if tokenizer.encode(t) != e]
     assert not wrong, (len(wrong), ascii(min(wrong, key=len)))
 
 
 T5_EXAMPLES = {
-    "A cat holding a sign that says hello world": [71, 1712, 3609, 3, 9, 1320, 24, 845, 21820, 296],
+    "A cat holding a sign that says hello world":
+        [71, 1712, 3609, 3, 9, 1320, 24, 845, 21820, 296],
     "": [],
-    "Hello,  World's 2024 café!! 🙂": [8774, 6, 1150, 31, 7, 460, 2266, 11949, 1603, 3, 2],
+    "Hello,  World's 2024 café!! 🙂":
+        [8774, 6, 1150, 31, 7, 460, 2266, 11949, 1603, 3, 2],
     "It's 10km—away…": [94, 31, 7, 335, 5848, 318, 8006, 233],
     "x\u00a0y\ttab\nnew": [3, 226, 3, 63, 3808, 126],
     "a photo of 北京": [3, 9, 1202, 13, 3, 2],
@@ -94,7 +98,8 @@ def test_t5_truncation_keeps_the_end_token_and_padding_fills_the_length():
         [3, 5, 3, 5, 3, 1],
         [1, 0, 0, 0, 0, 0],
     ]
-    assert tokenizer([]).shape == (0, 6) and tokenizer(["ab"], length=1).tolist() == [[1]]
+    assert tokenizer([]).shape == (0, 6)
+    assert tokenizer(["ab"], length=1).tolist() == [[1]]
 
 
 def test_of_equal_scores_the_earlier_start_wins():
