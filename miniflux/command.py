@@ -7,9 +7,9 @@
         ...
         say(args.output)
 
-A mistake of the user ends in one line and exit code 2, Ctrl-C in one line and exit code 130. A reader
-that has gone away (`... | head -1`) ends the output silently, and nothing depends on the encoding of
-the console.
+A mistake of the user ends in one line and exit code 2, Ctrl-C in one line and exit code 130. A
+reader that has gone away (`... | head -1`) ends the output silently, and nothing depends on the
+encoding of the console.
 """
 
 import argparse
@@ -55,8 +55,8 @@ class Parser(argparse.ArgumentParser):
         """What is wrong with arguments that belong nowhere, and what was probably meant."""
         flag = next((word.partition("=")[0] for word in unknown if word.startswith("-")), None)
         if flag is None:
-            return (f"unexpected arguments: {' '.join(unknown)}; text of several words needs quotes, "
-                    "and several prompts need several calls")
+            return (f"unexpected arguments: {' '.join(unknown)}; text of several words needs "
+                    "quotes, and several prompts need several calls")
         mine = [option for action in self._actions for option in action.option_strings]
         meant = HABITS.get(flag, flag.replace("_", "-"))
         close = [meant] if meant in mine else get_close_matches(meant, mine, n=1, cutoff=0.75)
@@ -105,7 +105,9 @@ def expect_interrupt() -> None:
 
 
 def stop_at_once(*_: Any) -> NoReturn:
-    """The answer to Ctrl-C while a command still imports PyTorch, which takes seconds: there is nothing to tidy up."""
+    """The answer to Ctrl-C while a command still imports PyTorch, which takes seconds.
+
+    There is nothing to tidy up yet."""
     tell("stopped")
     os._exit(130)
 
@@ -132,7 +134,7 @@ def accept_all_characters(stream: Any) -> None:
     """What the console cannot show is written as an escape such as \\u72d0, not an error."""
     try:
         stream.reconfigure(errors="backslashreplace")
-    except (AttributeError, ValueError, OSError):           # none at all, closed, or of another kind
+    except (AttributeError, ValueError, OSError):           # none, closed, or of another kind
         pass
 
 
@@ -161,5 +163,5 @@ def is_out_of_memory(error: BaseException) -> bool:
     Note: PyTorch has a class for the first, and only a text for the second."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
-    return isinstance(error, RuntimeError) and any(
-        text in str(error) for text in ("DefaultCPUAllocator", "not enough memory", "out of memory"))
+    texts = ("DefaultCPUAllocator", "not enough memory", "out of memory")
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in texts)

@@ -40,7 +40,7 @@ def test_copies_lie_side_by_side():
 def test_one_negative_prompt_serves_all_pictures():
     negative = Prompt(torch.zeros(1, 3, 2), torch.zeros(1, 2))
     assert len(repeat_negative(negative, 4)) == 4
-    with pytest.raises(ValueError, match="2 negative prompts for 3 pictures"):
+    with pytest.raises(ValueError, match="2 negative prompts for 3 images"):
         repeat_negative(repeat_prompt(negative, 2), 3)
 
 

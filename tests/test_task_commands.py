@@ -127,7 +127,7 @@ def test_help_names_every_flag_with_its_default(monkeypatch, capsys, task):
     ("fill", "owl --image a.png", "one of the arguments --mask --mask-from-alpha --expand is required"),
     ("fill", "owl --image a.png --mask mask.png", "fill needs a transformer with 384 input channels, as that of the model fill"),
     ("inpaint", "owl --image a.png --mask nowhere.png", "the mask nowhere.png does not exist"),
-    ("inpaint", "owl --image a.png --mask-from-alpha", "the picture has no transparent part"),
+    ("inpaint", "owl --image a.png --mask-from-alpha", "the image has no transparent part"),
     ("inpaint", "owl --mask mask.png", "the following arguments are required: --image"),
     ("image_to_image", "owl --image a.png --strength 2", "strength is 2.0"),
     ("image_to_image", "owl --image a.png --width 8", "width is 8"),

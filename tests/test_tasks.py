@@ -211,7 +211,7 @@ def test_kontext_paints_exactly_the_size_that_is_asked_for(flux, picture):
 def test_real_pictures_with_a_mask_of_another_size(models, caplog):
     with caplog.at_level(logging.WARNING):
         painted, = fill(models[384], "a cup", SHARED / "robot.webp", SHARED / "cup_mask.png", paste_back=True, **SMALL)
-    assert [r.message for r in caplog.records] == ["the mask of 1232 x 1632 is resized to the picture's 840 x 840"]
+    assert [r.message for r in caplog.records] == ["the mask of 1232 x 1632 is resized to the image's 840 x 840"]
     robot = Image.open(SHARED / "robot.webp").convert("RGB")
     mask = np.asarray(Image.open(SHARED / "cup_mask.png").convert("L").resize((840, 840), Image.Resampling.LANCZOS))
     assert painted.size == (840, 840) and np.array_equal(np.asarray(painted)[mask < 128], np.asarray(robot)[mask < 128])

@@ -30,10 +30,10 @@ def read_image(source: ImageLike, what: str = "image", background: str = "white"
 
     - A file or a PIL image is turned upright, laid on the background where it is transparent, and
       converted to RGB. Modes of numbers (I, I;16, F) are read as arrays of them.
-    - An array is (H, W), (H, W, 1) or (H, W, 3), a tensor (H, W), (1, H, W) or (3, H, W). Floats are
-      in [0, 1] and keep their precision. Booleans are black and white. Bytes run from 0 to 255,
-      16-bit numbers from 0 to 65535. Larger integers run to 255 where none of them is above it,
-      else to 65535. A fourth channel of integers is alpha.
+    - An array is (H, W), (H, W, 1) or (H, W, 3), a tensor (H, W), (1, H, W) or (3, H, W).
+      Floats are in [0, 1] and keep their precision. Booleans are black and white. Bytes run from 0
+      to 255, 16-bit numbers from 0 to 65535. Larger integers run to 255 where none of them is above
+      it, else to 65535. A fourth channel of integers is alpha.
     - A mask whose largest number is 1 consists of zeros and ones, whatever its type.
 
     what: the word for it in errors. background: the colour beneath transparent parts.

@@ -78,7 +78,7 @@ def test_near_is_bright_whether_the_estimator_tells_nearness_or_metres(tmp_path)
     x = torch.from_numpy(np.asarray(picture, np.float32) / 255).permute(2, 0, 1)[None]
     metres, found = metric(x)[0], np.asarray(depth(picture, metric))[..., 0]
     assert found[np.unravel_index(metres.argmin(), metres.shape)] == 255 and found[np.unravel_index(metres.argmax(), metres.shape)] == 0
-    with pytest.raises(ValueError, match="tells metres, not bytes"):
+    with pytest.raises(ValueError, match="estimates metres, not bytes"):
         depth(picture, metric, standard=True)
 
 
@@ -90,7 +90,7 @@ def test_a_flat_depth_is_black(nets, tmp_path):
 
 
 @pytest.mark.parametrize("picture, keywords, sentence", [
-    (photo(13, 40), {}, "the picture has 13 x 40 pixels, which the depth estimator would read as 13 x 40: expected sides of at least 14"),
+    (photo(13, 40), {}, "the image has 13 x 40 pixels, which the depth estimator would read as 13 x 40: expected sides of at least 14"),
     (photo(2000, 4), dict(standard=True), "would read as 70 x 0: expected"),
     (np.zeros((5000, 5000, 3), np.uint8), {}, "no more than 16,777,216 pixels"),
     ("nowhere.png", {}, "the image nowhere.png does not exist"),

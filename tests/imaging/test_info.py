@@ -107,7 +107,7 @@ def test_the_command_prints_what_the_picture_says(tmp_path, monkeypatch, capsys)
     assert capsys.readouterr().out == "prompt: a\\x1b[31m fox\n\nThis paints it again:\n\npython -m miniflux.generate 'a fox' --seed 1\n"
     Image.new("RGB", (16, 16)).save(tmp_path / "a.png")
     command()
-    assert capsys.readouterr().out == "\nNothing in it says how to paint it again.\n"
+    assert capsys.readouterr().out == "\nIt holds no command that paints it again.\n"
     (tmp_path / "a.png").write_bytes(b"no picture")
     with pytest.raises(SystemExit) as stop:
         command()

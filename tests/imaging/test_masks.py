@@ -50,7 +50,7 @@ def test_white_strokes_on_nothing_are_a_mask():
 def test_a_mask_of_another_size_is_resized_which_is_said_once(caplog):
     with caplog.at_level(logging.WARNING):
         masks = read_masks(box(32, 24, 0, 0, 32, 12), PICTURE)
-    assert [r.message for r in caplog.records] == ["the mask of 32 x 24 is resized to the picture's 64 x 48"]
+    assert [r.message for r in caplog.records] == ["the mask of 32 x 24 is resized to the image's 64 x 48"]
     assert fit_masks(masks, 64, 48)[0, 0, :20].all() and not fit_masks(masks, 64, 48)[0, 0, 28:].any()
 
 
@@ -61,7 +61,7 @@ def test_an_empty_and_a_thin_mask_get_one_sentence():
         crop_box(Image.new("L", (64, 48)), 64, 64, 0)
     with pytest.raises(ValueError, match="the mask is too thin"):
         latent_mask(fit_masks([box(64, 48, 1, 1, 7, 7)], 64, 48))
-    with pytest.raises(ValueError, match="there are 2 masks for 3 pictures"):
+    with pytest.raises(ValueError, match="there are 2 masks for 3 images"):
         read_masks([box(64, 48, 0, 0, 9, 9)] * 2, PICTURE * 3)
 
 
@@ -133,7 +133,7 @@ def test_a_wide_picture_covers_its_box_and_what_is_outside_stays_bit_for_bit():
 
 
 def test_around_the_mask_is_for_one_picture():
-    with pytest.raises(ValueError, match="mask_padding works on one picture, got 2"):
+    with pytest.raises(ValueError, match="mask_padding works on one image, got 2"):
         around_mask(PICTURE * 2, [box(64, 48, 0, 0, 9, 9)] * 2, 64, 64, 4)
     with pytest.raises(ValueError, match="mask_padding is -3"):
         around_mask(PICTURE, [box(64, 48, 0, 0, 9, 9)], 64, 64, -3)

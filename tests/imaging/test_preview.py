@@ -130,7 +130,7 @@ def test_what_makes_no_previews_is_refused(flux, tmp_path, tensors, sentence):
 @pytest.mark.parametrize("arguments, sentence", [
     (["nowhere.png"], "the image nowhere.png does not exist"),
     (["0.png", "--output", "map.png"], "must end in .safetensors"),
-    ([], "the following arguments are required: pictures"),
+    ([], "the following arguments are required: images"),
 ])
 def test_a_mistake_ends_in_one_line(folder, tmp_path, monkeypatch, capsys, arguments, sentence):
     monkeypatch.chdir(tmp_path)

@@ -83,7 +83,7 @@ def test_another_message_and_a_batch():
 
 
 def test_a_picture_without_room_gets_one_sentence():
-    with pytest.raises(ValueError, match="a picture of 40 x 40 pixels has room for 25 bits, not 46"):
+    with pytest.raises(ValueError, match="an image of 40 x 40 pixels has room for 25 bits, not 46"):
         add_watermark(torch.zeros(1, 3, 40, 40))
     with pytest.raises(ValueError, match="has room for 0 bits"):
         read_watermark(torch.zeros(1, 3, 7, 400))
