@@ -88,7 +88,7 @@ def run(monkeypatch, task: str, *arguments) -> None:
      lambda flux: kontext_edit(flux, "owl", "a.png", auto_resize=False, max_area=4096, **SMALL)),
     ("kontext_inpaint", 64, "owl --image a.png --mask mask.png --reference mask.png --strength 0.8",
      lambda flux: kontext_inpaint(flux, "owl", "a.png", "mask.png", reference="mask.png", strength=0.8, **SMALL)),
-], ids=str)
+])
 def test_a_command_paints_what_its_function_paints(folders, files, monkeypatch, capsys, task, channels, flags, expected):
     run(monkeypatch, task, *flags.split(), "--model", folders[channels], "--device", "cpu", "--steps", 1, "--max-text-tokens", 8,
         "--seed", 0, "--quiet", "--preview")

@@ -191,7 +191,7 @@ def test_control_tokens_in_a_text_are_ordinary_text(tmp_path):
      "not byte-level BPE over Mistral's pieces"),
     (lambda data: data["model"]["vocab"].pop("Ġ"), "lacks bytes or products of merges"),
     (lambda data: data["model"].update(merges=[["a"]]), "a merge is no pair"),
-], ids=str)
+])
 def test_another_tokenizer_is_refused(tmp_path, change, message):
     tokenizer().save(str(tmp_path / "tokenizer.json"))
     data = json.loads((tmp_path / "tokenizer.json").read_text())
