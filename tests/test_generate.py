@@ -1,4 +1,5 @@
-"""`generate` without the references: outputs, seeds, keywords, mistakes. Oracle: by hand; parity is in tests/parity."""
+"""`generate` without the references: outputs, seeds, keywords, mistakes.
+Oracle: by hand; parity is in tests/parity."""
 
 import importlib
 import io
@@ -25,32 +26,50 @@ def flux(small_folder):
 SMALL = dict(width=32, height=48, steps=2, max_text_tokens=8)
 
 
-def test_pil_tensor_and_latents_are_the_same_picture(flux):
-    picture, = generate(flux, "a red apple", **SMALL)
+def test_pil_tensor_and_latents_are_the_same_image(flux):
+    image, = generate(flux, "a red apple", **SMALL)
     tensor = generate(flux, "a red apple", output="tensor", **SMALL)
     latents = generate(flux, "a red apple", output="latents", **SMALL)
-    assert isinstance(picture, Image.Image) and picture.size == (32, 48)
-    assert tensor.shape == (1, 3, 48, 32) and 0 <= tensor.min() and tensor.max() <= 1 and latents.shape == (1, 16, 6, 4)
-    assert picture.getpixel((5, 7)) == tuple((tensor[0, :, 7, 5] * 255).round().int().tolist())
+    assert isinstance(image, Image.Image)
+    assert image.size == (32, 48)
+    assert tensor.shape == (1, 3, 48, 32)
+    assert 0 <= tensor.min()
+    assert tensor.max() <= 1
+    assert latents.shape == (1, 16, 6, 4)
+    assert image.getpixel((5, 7)) == tuple((tensor[0, :, 7, 5] * 255).round().int().tolist())
     assert torch.equal(flux.autoencoder.decode(latents).div(2).add(0.5).clamp(0, 1), tensor)
 
 
 def test_a_batch_equals_its_singles(flux):
-    batch = generate(flux, ["a red apple", "two blue cats"], seed=5, num_images=2, output="tensor", **SMALL)
-    singles = [generate(flux, prompt, seed=seed, output="tensor", **SMALL)
-               for prompt, seed in (("a red apple", 5), ("a red apple", 6), ("two blue cats", 7), ("two blue cats", 8))]
+    keywords = SMALL | dict(output="tensor")
+    prompts = ["a red apple", "two blue cats"]
+    batch = generate(flux, prompts, seed=5, num_images=2, **keywords)
+    singles = [
+        generate(flux, "a red apple", seed=5, **keywords),
+        generate(flux, "a red apple", seed=6, **keywords),
+        generate(flux, "two blue cats", seed=7, **keywords),
+        generate(flux, "two blue cats", seed=8, **keywords),
+    ]
     assert torch.allclose(batch, torch.cat(singles), atol=1e-5)
 
 
-def test_an_encoded_prompt_paints_what_its_text_paints(flux):
+def test_an_encoded_prompt_gives_the_image_of_its_text(flux):
     prompt = encode_prompt(flux, "a red apple", 8)
-    assert torch.equal(generate(flux, prompt, output="tensor", **SMALL), generate(flux, "a red apple", output="tensor", **SMALL))
+    expected = generate(flux, "a red apple", output="tensor", **SMALL)
+    assert torch.equal(generate(flux, prompt, output="tensor", **SMALL), expected)
 
 
 def test_on_step_is_called_once_a_step_with_latents(flux):
     seen = []
-    generate(flux, "a red apple", on_step=lambda step, t, x: seen.append((step, t, x.shape)), **SMALL)
-    assert [step for step, _, _ in seen] == [0, 1] and seen[0][1] == 1.0 and all(shape == (1, 16, 6, 4) for *_, shape in seen)
+
+    def on_step(step, t, x):
+        seen.append((step, t, x.shape))
+
+    generate(flux, "a red apple", on_step=on_step, **SMALL)
+    assert [step for step, _, _ in seen] == [0, 1]
+    assert seen[0][1] == 1.0
+    for _, _, shape in seen:
+        assert shape == (1, 16, 6, 4)
 
 
 def test_true_cfg_of_one_costs_no_second_pass(flux):
@@ -64,7 +83,8 @@ def test_true_cfg_of_one_costs_no_second_pass(flux):
 
 def test_defaults_depend_on_whether_the_model_has_a_guidance_embedding(flux):
     steps = []
-    generate(flux, "a", width=16, height=16, max_text_tokens=4, on_step=lambda step, t, x: steps.append(step))
+    generate(flux, "a", width=16, height=16, max_text_tokens=4,
+             on_step=lambda step, t, x: steps.append(step))
     assert len(steps) == (28 if flux.mmdit.config.guidance_embed else 4)
 
 
@@ -118,21 +138,40 @@ def test_a_model_without_an_autoencoder_is_refused_before_the_first_step(flux):
 
 @pytest.mark.parametrize("first, second", [("tiny", "a fox"), ("a fox", None), (None, "a fox")])
 def test_a_first_argument_that_is_no_model_gets_one_sentence(flux, first, second):
-    with pytest.raises(ValueError, match=r"the first argument is a .*: expected a model, such as load\(\) returns"):
+    sentence = r"the first argument is a .*: expected a model, such as load\(\) returns"
+    with pytest.raises(ValueError, match=sentence):
         generate(first, second or flux)
 
 
-def test_numbers_of_numpy_and_torch_are_numbers(flux):
+@pytest.mark.parametrize("whole, real", [
+    (np.int64, np.float32),
+    (np.uint8, np.float64),
+    (np.array, np.array),
+    (torch.tensor, torch.tensor),
+])
+def test_numbers_of_numpy_and_torch_are_numbers(flux, whole, real):
     """Oracle: the same call with Python's numbers."""
-    expected = generate(flux, "a", width=32, height=48, steps=2, seed=3, guidance=2.5, max_text_tokens=8, output="tensor")
-    for whole, real in ((np.int64, np.float32), (np.uint8, np.float64), (np.array, np.array), (torch.tensor, torch.tensor)):
-        found = generate(flux, "a", width=whole(32), height=whole(48), steps=whole(2), seed=whole(3), guidance=real(2.5),
-                         num_images=whole(1), max_text_tokens=whole(8), true_cfg=real(1.0), output="tensor", progress=np.bool_(False))
-        assert torch.equal(found, expected), whole
+    expected = generate(flux, "a", width=32, height=48, steps=2, seed=3, guidance=2.5,
+                        max_text_tokens=8, output="tensor")
+    found = generate(
+        flux, "a", width=whole(32), height=whole(48), steps=whole(2), seed=whole(3),
+        guidance=real(2.5), num_images=whole(1), max_text_tokens=whole(8), true_cfg=real(1.0),
+        output="tensor", progress=np.bool_(False))
+    assert torch.equal(found, expected)
+
+
+def test_sigmas_of_numpy_and_torch_are_numbers(flux):
+    """Oracle: the same call with Python's numbers."""
+    keywords = SMALL | dict(steps=None, output="tensor")
     sigmas = [1.0, 0.5, 0.25]
-    expected = generate(flux, "a", **(SMALL | dict(steps=None)), sigmas=sigmas, output="tensor")
-    for given in (tuple(sigmas), np.array(sigmas), np.array(sigmas, np.float32), torch.tensor(sigmas)):
-        assert torch.equal(generate(flux, "a", **(SMALL | dict(steps=None)), sigmas=given, output="tensor"), expected)
+    expected = generate(flux, "a", sigmas=sigmas, **keywords)
+    for given in (
+        tuple(sigmas),
+        np.array(sigmas),
+        np.array(sigmas, np.float32),
+        torch.tensor(sigmas),
+    ):
+        assert torch.equal(generate(flux, "a", sigmas=given, **keywords), expected)
 
 
 def test_seeds_go_as_far_as_pytorchs_and_then_begin_again(flux):
@@ -140,19 +179,24 @@ def test_seeds_go_as_far_as_pytorchs_and_then_begin_again(flux):
     for seed in (0, 2**63 - 1, 2**63, 2**64 - 1):
         expected = torch.randn(1, 16, 4, 4, generator=torch.Generator("cpu").manual_seed(seed))
         assert torch.equal(noise([seed], 4, 4), expected)
-    pictures = generate(flux, "a", seed=2**64 - 1, num_images=2, **SMALL)
-    assert [picture.info["seed"] for picture in pictures] == [2**64 - 1, 0]
+    images = generate(flux, "a", seed=2**64 - 1, num_images=2, **SMALL)
+    assert [image.info["seed"] for image in images] == [2**64 - 1, 0]
     both = generate(flux, "a", seed=2**64 - 1, num_images=2, output="tensor", **SMALL)
-    assert torch.allclose(both[1:], generate(flux, "a", seed=0, output="tensor", **SMALL), atol=1e-5)
+    second = generate(flux, "a", seed=0, output="tensor", **SMALL)
+    assert torch.allclose(both[1:], second, atol=1e-5)
 
 
-def test_what_on_finish_returns_by_mistake_does_not_cost_the_pictures(flux, caplog):
+def test_what_on_finish_returns_by_mistake_does_not_cost_the_images(flux, caplog):
+    def finish_with(result):
+        return generate(flux, "a", output="tensor", on_finish=lambda images: result, **SMALL)
+
     expected = generate(flux, "a", output="tensor", **SMALL)
-    assert torch.equal(generate(flux, "a", output="tensor", on_finish=lambda pictures: None, **SMALL), expected)
+    assert torch.equal(finish_with(None), expected)
     assert not caplog.records
     for mistake in (3, [expected], expected[0], expected.permute(0, 2, 3, 1)):
-        assert torch.equal(generate(flux, "a", output="tensor", on_finish=lambda pictures: mistake, **SMALL), expected)
-    assert len(caplog.records) == 4 and "on_finish returned a int, expected images" in caplog.records[0].message
+        assert torch.equal(finish_with(mistake), expected)
+    assert len(caplog.records) == 4
+    assert "on_finish returned a int, expected images" in caplog.records[0].message
 
 
 @pytest.mark.parametrize("stderr", [None, "closed"])
@@ -165,25 +209,40 @@ def test_without_stderr_there_is_no_bar(flux, monkeypatch, stderr):
     assert len(generate(flux, "a", progress=True, **SMALL)) == 1
 
 
-def test_rounding_a_size_is_said_once(flux, caplog):
+def test_rounding_a_size_is_logged_once(flux, caplog):
     generate(flux, "a", width=33, height=47, steps=1, max_text_tokens=4)
-    assert [record.message for record in caplog.records] == ["33 x 47 is painted as 32 x 32: sides are multiples of 16"]
+    message, = [record.message for record in caplog.records]
+    assert message == "33 x 47 is painted as 32 x 32: sides are multiples of 16"
+
+
+IMPORTED_TWICE = """
+import miniflux.generate
+from miniflux import generate
+import miniflux.generate as again
+assert callable(generate)
+assert callable(again)
+"""
+
+NO_WORK = """
+import sys, miniflux
+assert "torch" not in sys.modules
+assert {"load", "generate"} <= set(dir(miniflux))
+"""
 
 
 def test_generate_is_the_function_whatever_was_imported_before():
-    importlib.import_module("miniflux.generate")
-    assert callable(miniflux.generate) and callable(importlib.import_module("miniflux.generate").generate)
-    code = "import miniflux.generate; from miniflux import generate; import miniflux.generate as again; assert callable(generate) and callable(again)"
-    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
+    module = importlib.import_module("miniflux.generate")
+    assert callable(miniflux.generate)
+    assert callable(module.generate)
+    subprocess.run([sys.executable, "-W", "error", "-c", IMPORTED_TWICE], check=True)
 
 
 def test_importing_the_package_does_no_work():
-    code = "import sys, miniflux; assert 'torch' not in sys.modules and {'load', 'generate'} <= set(dir(miniflux))"
-    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
+    subprocess.run([sys.executable, "-W", "error", "-c", NO_WORK], check=True)
 
 
 def test_results_are_ordinary_tensors_that_can_be_changed_and_trained_on(flux):
-    """Inference tensors, which torch neither changes in place nor trains on, must not come out."""
+    """Inference tensors, which torch neither changes in place nor trains on, are not returned."""
     generate(flux, "a", output="tensor", **SMALL).mul_(255)
     generate(flux, "a", output="latents", **SMALL).add_(1)
     prompt = encode_prompt(flux, "a", 8)
@@ -199,7 +258,9 @@ def test_results_are_ordinary_tensors_that_can_be_changed_and_trained_on(flux):
 def test_decoding_that_needs_too_much_memory_does_not_cost_the_images(flux, monkeypatch, fails):
     """At first one after the other, then on the CPU. By hand: the first calls fail."""
     z = torch.randn(2, 16, 4, 4)
-    expected, decode_all, calls = decode(flux, z), type(flux.autoencoder).decode, []
+    expected = decode(flux, z)
+    decode_all = type(flux.autoencoder).decode
+    calls = []
 
     def fail_first(self, z):
         calls.append(len(z))
