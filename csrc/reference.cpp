@@ -1,4 +1,5 @@
-// The specification: attention in loops that can be checked by hand. The fast kernels are tested against it.
+// The specification: attention in loops that can be checked by hand. The fast kernels are tested
+// against it.
 
 #include <algorithm>
 #include <cmath>
@@ -22,7 +23,8 @@ void attention_reference(const Problem<float>& p) {
     std::vector<float> keys(p.S * p.D), query(p.D), weights(p.S);
     for (int64_t b = 0; b < p.B; b++)
         for (int64_t h = 0; h < p.H; h++) {
-            for (int64_t s = 0; s < p.S; s++) norm_rope(p.k(b, h, s), p.scale_k(s), p.turns(s), p.D, &keys[s * p.D]);
+            for (int64_t s = 0; s < p.S; s++)
+                norm_rope(p.k(b, h, s), p.scale_k(s), p.turns(s), p.D, &keys[s * p.D]);
             for (int64_t s = 0; s < p.S; s++) {
                 norm_rope(p.q(b, h, s), p.scale_q(s), p.turns(s), p.D, query.data());
                 float largest = -INFINITY, total = 0;
@@ -36,7 +38,8 @@ void attention_reference(const Problem<float>& p) {
                 float* out = p.out(b, h, s);
                 std::fill(out, out + p.D, 0.0f);
                 for (int64_t t = 0; t < p.S; t++)
-                    for (int64_t d = 0; d < p.D; d++) out[d] += weights[t] / total * p.v(b, h, t)[d];
+                    for (int64_t d = 0; d < p.D; d++)
+                        out[d] += weights[t] / total * p.v(b, h, t)[d];
             }
         }
 }

@@ -1,8 +1,9 @@
-// The CPU kernel: two matrix products in register tiles with a softmax between them, in float32 whatever the tensors hold.
+// The CPU kernel: two matrix products in register tiles with a softmax between them, in float32
+// whatever the tensors hold.
 //
-// Everything is cut into blocks of 16. First keys and values are packed into panels 16 columns wide, the keys normalised, turned
-// and transposed on the way. Then each task takes 16 queries of one head: scores against all keys, softmax over whole rows, product
-// with the values. 
+// Everything is cut into blocks of 16. First keys and values are packed into panels 16 columns
+// wide; the keys are normalised, rotated and transposed on the way. Then each task takes 16 queries
+// of one head: scores against all keys, softmax over whole rows, product with the values.
 #include <omp.h>
 
 #include <algorithm>
@@ -13,7 +14,11 @@
 #include "kernels.h"
 #include "tile.h"
 
-const char* instructions() { return has_avx512() ? "AVX-512" : has_avx2() ? "AVX2" : "the compiler's own choice of instructions"; }
+const char* instructions() {
+    if (has_avx512()) return "AVX-512";
+    if (has_avx2()) return "AVX2";
+    return "the compiler's own choice of instructions";
+}
 
 static int64_t round_up(int64_t n) { return (n + BLOCK - 1) / BLOCK * BLOCK; }
 
@@ -29,9 +34,11 @@ struct Floats {
     ~Floats() { std::free(data); }
 };
 
-// y = R (x / rms(x) * scale) * factor for one token of one head: x, scale, y (D), turns (D/2, 2, 2).
+// y = R (x / rms(x) * scale) * factor for one token of one head.
+// x, scale, y: (D), turns: (D/2, 2, 2).
 template <typename From, typename To>
-EVERY_CPU static void norm_rope_row(const From* x, const From* scale, const float* turns, int64_t D, float factor, To* y) {
+EVERY_CPU static void norm_rope_row(const From* x, const From* scale, const float* turns, int64_t D,
+                                    float factor, To* y) {
     float squares = 0;
     for (int64_t d = 0; d < D; d++) squares += float(x[d]) * float(x[d]);
     factor /= std::sqrt(squares / D + 1e-6f);
@@ -43,19 +50,25 @@ EVERY_CPU static void norm_rope_row(const From* x, const From* scale, const floa
     }
 }
 
-// Keys s .. s + 15 of one head as the columns of a panel (D, 16); zeros past the end. rows (16, D) is scratch.
+// Keys s .. s + 15 of one head as the columns of a panel (D, 16); zeros past the end.
+// rows (16, D) is scratch.
 template <typename T>
-EVERY_CPU static void pack_keys(const Problem<T>& p, int64_t b, int64_t h, int64_t s, float* rows, float* panel) {
-    for (int64_t j = 0; j < BLOCK; j++)
-        if (s + j < p.S) norm_rope_row(p.k(b, h, s + j), p.scale_k(s + j), p.turns(s + j), p.D, 1.0f, rows + j * p.D);
-        else std::fill(rows + j * p.D, rows + (j + 1) * p.D, 0.0f);
+EVERY_CPU static void pack_keys(const Problem<T>& p, int64_t b, int64_t h, int64_t s, float* rows,
+                                float* panel) {
+    for (int64_t j = 0; j < BLOCK; j++) {
+        int64_t t = s + j;
+        float* row = rows + j * p.D;
+        if (t < p.S) norm_rope_row(p.k(b, h, t), p.scale_k(t), p.turns(t), p.D, 1.0f, row);
+        else std::fill(row, row + p.D, 0.0f);
+    }
     for (int64_t j = 0; j < BLOCK; j++)
         for (int64_t d = 0; d < p.D; d++) panel[d * BLOCK + j] = rows[j * p.D + d];
 }
 
 // Values s .. s + 15 of one head as rows of its panels (D/16, tokens, 16); zeros past the end.
 template <typename T>
-EVERY_CPU static void pack_values(const Problem<T>& p, int64_t b, int64_t h, int64_t s, int64_t tokens, float* panels) {
+EVERY_CPU static void pack_values(const Problem<T>& p, int64_t b, int64_t h, int64_t s,
+                                  int64_t tokens, float* panels) {
     for (int64_t t = s; t < s + BLOCK; t++)
         for (int64_t d = 0; d < p.D; d += BLOCK) {
             float* row = panels + d * tokens + t * BLOCK;
@@ -67,11 +80,13 @@ EVERY_CPU static void pack_values(const Problem<T>& p, int64_t b, int64_t h, int
 
 // c (16, columns) = a (16, n) panels (columns/16, n, 16).
 template <int64_t ROWS>
-static void product(const float* a, int64_t a_step, const float* panels, int64_t n, int64_t columns, float* c, int64_t c_step) {
+static void product(const float* a, int64_t a_step, const float* panels, int64_t n, int64_t columns,
+                    float* c, int64_t c_step) {
     static const float zeros[BLOCK] = {};
     for (int64_t j = 0; j < columns; j += BLOCK)
         for (int64_t r = 0; r < BLOCK; r += ROWS)
-            tile<ROWS>(a + r * a_step, a_step, panels + j * n, BLOCK, n, zeros, c + r * c_step + j, c_step);
+            tile<ROWS>(a + r * a_step, a_step, panels + j * n, BLOCK, n, zeros,
+                       c + r * c_step + j, c_step);
 }
 
 // row (S) = exp(row - its largest), with zeros up to `tokens`; returns 1 / sum.
@@ -84,14 +99,17 @@ EVERY_CPU static float softmax_row(float* row, int64_t S, int64_t tokens) {
     return 1 / sum;
 }
 
-template <typename T> EVERY_CPU static void scaled_row(const float* x, float factor, int64_t D, T* y) {
+template <typename T>
+EVERY_CPU static void scaled_row(const float* x, float factor, int64_t D, T* y) {
     for (int64_t d = 0; d < D; d++) y[d] = T(factor * x[d]);
 }
 
 template <typename T> void attention(const Problem<T>& p) {
     const auto multiply = has_avx512() ? product<8> : product<4>;
-    const int64_t tokens = round_up(p.S), width = round_up(p.D), of_thread = BLOCK * (p.D + tokens + width);
-    Floats keys(p.B * p.H * tokens * p.D), values(p.B * p.H * tokens * width), scratch(omp_get_max_threads() * of_thread);
+    const int64_t tokens = round_up(p.S), width = round_up(p.D);
+    const int64_t of_thread = BLOCK * (p.D + tokens + width);
+    Floats keys(p.B * p.H * tokens * p.D), values(p.B * p.H * tokens * width);
+    Floats scratch(omp_get_max_threads() * of_thread);
 #pragma omp parallel
     {
         float* query = scratch.data + omp_get_thread_num() * of_thread;  // (16, D)
@@ -110,13 +128,18 @@ template <typename T> void attention(const Problem<T>& p) {
             for (int64_t h = 0; h < p.H; h++)
                 for (int64_t s = 0; s < tokens; s += BLOCK) {
                     int64_t head = (b * p.H + h) * tokens, rows = std::min(BLOCK, p.S - s);
+                    const float *head_keys = keys.data + head * p.D;
+                    const float *head_values = values.data + head * width;
                     float factor[BLOCK] = {}, scale = 1 / std::sqrt(float(p.D));
                     for (int64_t r = 0; r < rows; r++)
-                        norm_rope_row(p.q(b, h, s + r), p.scale_q(s + r), p.turns(s + r), p.D, scale, query + r * p.D);
-                    multiply(query, p.D, keys.data + head * p.D, p.D, tokens, scores, tokens);
-                    for (int64_t r = 0; r < rows; r++) factor[r] = softmax_row(scores + r * tokens, p.S, tokens);
-                    multiply(scores, tokens, values.data + head * width, tokens, width, sums, width);
-                    for (int64_t r = 0; r < rows; r++) scaled_row(sums + r * width, factor[r], p.D, p.out(b, h, s + r));
+                        norm_rope_row(p.q(b, h, s + r), p.scale_q(s + r), p.turns(s + r), p.D,
+                                      scale, query + r * p.D);
+                    multiply(query, p.D, head_keys, p.D, tokens, scores, tokens);
+                    for (int64_t r = 0; r < rows; r++)
+                        factor[r] = softmax_row(scores + r * tokens, p.S, tokens);
+                    multiply(scores, tokens, head_values, tokens, width, sums, width);
+                    for (int64_t r = 0; r < rows; r++)
+                        scaled_row(sums + r * width, factor[r], p.D, p.out(b, h, s + r));
                 }
     }
 }

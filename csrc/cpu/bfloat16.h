@@ -25,6 +25,7 @@ struct bfloat16 {
 
     explicit bfloat16(float x) {                            // to the nearest, ties to even
         uint32_t bits = to_bits(x);
-        half = x == x ? (bits + 0x7fff + (bits >> 16 & 1)) >> 16 : 0x7fc0;  // Note: rounding would turn some NaNs into zeros
+        // Note: rounding would turn some NaNs into zeros.
+        half = x == x ? (bits + 0x7fff + (bits >> 16 & 1)) >> 16 : 0x7fc0;
     }
 };

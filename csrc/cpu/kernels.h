@@ -6,7 +6,7 @@
 #include "bfloat16.h"
 
 template <typename T> void attention(const Problem<T>& p);  // out = the whole attention
-template <typename T> void norm_rope(const Problem<T>& p);  // q = R norm(q) and k = R norm(k), in place
+template <typename T> void norm_rope(const Problem<T>& p);  // q, k = R norm(q), R norm(k), in place
 void attention_reference(const Problem<float>& p);          // the specification of `attention`
 
 struct LinearLayer {
@@ -17,9 +17,13 @@ struct LinearLayer {
 
 void linear(const LinearLayer& p);                          // y = x w + b
 
-void gelu(int64_t rows, int64_t n, int64_t x_step, const float* x, float* y);  // y (rows, n) = gelu(x)
+// y (rows, n) = gelu(x)
+void gelu(int64_t rows, int64_t n, int64_t x_step, const float* x, float* y);
 
-// y (B, S, n) = (1 + scale) layer_norm(x) + shift, where shift and scale (B, n) go `step` elements from picture to picture.
-void modulate(int64_t B, int64_t S, int64_t n, int64_t step, const float* x, const float* shift, const float* scale, float* y);
+// y (B, S, n) = (1 + scale) layer_norm(x) + shift.
+// shift and scale: (B, n), with `step` elements from one picture to the next.
+void modulate(int64_t B, int64_t S, int64_t n, int64_t step, const float* x, const float* shift,
+              const float* scale, float* y);
 
-const char* instructions();                                 // what the loops were vectorised for, of those that this CPU has
+// Of the instructions that the loops were vectorised for, those that this CPU has.
+const char* instructions();
