@@ -321,9 +321,9 @@ def test_several_images_are_weighted_and_none_is_left_out(flux, redux_folder, pi
 
 
 @pytest.mark.parametrize("keywords, sentence", [
-    (dict(scales=[1.0, 2.0]), "there are 2 scales for 1 pictures"),
+    (dict(scales=[1.0, 2.0]), "there are 2 scales for 1 images"),
     (dict(scales=float("nan")), "each of the scales is nan"),
-    (dict(prompt=["a", "b"]), "redux takes one prompt for all its pictures, got 2"),
+    (dict(prompt=["a", "b"]), "redux takes one prompt for all its images, got 2"),
     (dict(max_text_tokens=0), "max_text_tokens is 0"),
     (dict(prompt=None, max_text_tokens=10**6), "max_text_tokens is 1000000"),
 ])
