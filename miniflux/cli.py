@@ -27,7 +27,7 @@ from .checkpoints.finding import list_models
 from .checkpoints.formats import concat_on_disk
 from .checks import check_number
 from .command import say
-from .devices import default_dtype, find_device
+from .devices import DTYPES, default_dtype, find_device
 from .engine import distributed
 from .engine.caching import METHODS, cache
 from .engine.compiling import compile
@@ -48,7 +48,6 @@ from .sampling import SAMPLERS, OnFinish, seeds_from
 from .settings import DEFAULTS, DISTILLED_STEPS, MAX_SEED
 
 PICTURES = ("image", "reference", "control_image", "canny", "depth", "ip_image", "negative_ip_image")  # flags that name some
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 log = logging.getLogger("miniflux")

@@ -2,6 +2,9 @@
 
 import torch
 
+# The dtypes that networks compute in, as the commands name them.
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
 
 def find_device(name: torch.device | str | None = None) -> torch.device:
     """The device of that name; default: CUDA, then MPS, then the CPU.

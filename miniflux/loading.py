@@ -1,5 +1,6 @@
 """`load`: finds a FLUX.1 model and assembles it."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import torch
 
 from .adapters.redux import add_redux
 from .checkpoints import layouts
-from .checkpoints.building import pick
+from .checkpoints.building import WithoutInitialisation, pick
 from .checkpoints.configs import read_folder_schedule, read_words
 from .checkpoints.finding import (
     VARIANT,
@@ -16,15 +17,32 @@ from .checkpoints.finding import (
     find_parts_in_file,
     find_source,
     find_transformer,
+    shipped_models,
     whole_models,
 )
+from .checkpoints.formats import concat_on_disk, meta_tensors
+from .checkpoints.hub import OFFICIAL, find_in_cache
 from .checks import check_number
 from .devices import default_dtype, find_device
+from .engine.offload import change_networks, offload
+from .engine.plan import GIB, first_that_fits
 from .files import read_json
 from .flux import SCHEDULES, Flux, FluxConfig, Schedule
 from .imaging.images import log
-from .networks.mmdit import MMDiT, timestep_embedding
+from .networks.autoencoder import Autoencoder
+from .networks.clip import CLIPText
+from .networks.mmdit import MMDiT, MMDiTConfig, timestep_embedding
+from .networks.siglip import ReduxEmbedder, SigLIP
+from .networks.t5 import T5
 from .tokenizers import CLIPTokenizer, T5Tokenizer
+
+# How the official transformers differ from dev's.
+CONFIGS = {
+    "schnell": dict(guidance_embed=False),
+    "fill": dict(in_channels=384),
+    "canny": dict(in_channels=128),
+    "depth": dict(in_channels=128),
+}
 
 
 def load(source: str | Path = "tiny", *, device: torch.device | str | None = None,
@@ -44,7 +62,7 @@ def load(source: str | Path = "tiny", *, device: torch.device | str | None = Non
         folder asks for, with any transformer; where it asks for nothing, as schnell's for a
         transformer without guidance embedding, else as dev's.
     fit: whether to find out first how much memory is free, and offload the model where it would not
-        fit as a whole (`plan.py`).
+        fit as a whole (`engine/plan.py`).
 
     Raises FileNotFoundError for what is not there, ValueError for what is not a FLUX.1 model."""
     device = find_device(device)
@@ -53,11 +71,42 @@ def load(source: str | Path = "tiny", *, device: torch.device | str | None = Non
         raise ValueError(f"dtype is {dtype!r:.60}, "
                          "expected torch.float32, torch.bfloat16 or torch.float16")
     if fit:
-        from .plan import load_fitting
         flux = load_fitting(source, device, dtype, transformer)
     else:
         flux = assemble(source, device, dtype, transformer, own_schedule=schedule is None)
     return flux if schedule is None else with_schedule(flux, schedule)
+
+
+def load_fitting(source: str | Path, device: torch.device, dtype: torch.dtype,
+                 transformer: str | Path | None) -> Flux:
+    """The model in the first way that fits an image of its size; all give the same image."""
+    way = first_that_fits(assemble_meta(source, dtype, transformer), device)
+    log.info("%s: %s, about %.1f GiB", source, way.mode, way.device / GIB)
+    if way.mode == "whole":
+        return assemble(source, device, dtype, transformer)
+    # Note: in the files' own dtype, so that the weights stay mapped; a part is converted when it
+    # comes to the device.
+    with concat_on_disk() if way.mode == "disk" else nullcontext():
+        flux = assemble(source, torch.device("cpu"), None, transformer)
+    return offload(flux, device, way.mode, dtype=dtype)
+
+
+def assemble_meta(source: str | Path, dtype: torch.dtype,
+                  transformer: str | Path | None = None) -> Flux:
+    """The model on the meta device, where its tensors have shapes but no elements.
+
+    An official model that is not on this machine gets its official sizes."""
+    missing = (source in OFFICIAL and source not in shipped_models()
+               and find_in_cache(OFFICIAL[source]) is None)
+    if not missing or transformer is not None:
+        with meta_tensors():
+            return assemble(source, torch.device("meta"), dtype, transformer)
+    with torch.device("meta"), WithoutInitialisation():
+        mmdit = MMDiT(MMDiTConfig(**CONFIGS.get(source, {})))
+        parts = [CLIPText(), T5(), mmdit, Autoencoder()]
+        more = {"siglip": SigLIP(), "redux": ReduxEmbedder()} if source == "redux" else {}
+    flux = Flux(None, None, *parts, FluxConfig(name=source), **more)
+    return change_networks(flux, lambda network: network.to(dtype))
 
 
 def with_schedule(flux: Flux, schedule: str | Schedule) -> Flux:

@@ -19,23 +19,15 @@ from miniflux import Prompt, generate, load
 from miniflux.checkpoints.formats import meta_tensors, read_safetensors
 from miniflux.checkpoints.saving import write_mmdit
 from miniflux.engine.offload import change_networks, offload, slots
+from miniflux.engine.plan import GIB, MARGIN, WAYS, activations, expect, nbytes
 from miniflux.engine.quantize import quantize
 from miniflux.flux import Flux, FluxConfig
+from miniflux.loading import assemble_meta
 from miniflux.networks.attention import attention_backend
 from miniflux.networks.autoencoder import Autoencoder, AutoencoderConfig
 from miniflux.networks.mmdit import MMDiT, MMDiTConfig, MMDiTInputs
 from miniflux.networks.t5 import T5, T5Config
-from miniflux.plan import (
-    GIB,
-    MARGIN,
-    WAYS,
-    activations,
-    expect,
-    main,
-    nbytes,
-    report,
-    without_numbers,
-)
+from miniflux.plan import main, report
 
 SMALL = dict(width=64, height=48, steps=2, max_text_tokens=8, output="tensor", progress=False)
 
@@ -150,7 +142,7 @@ def test_what_each_network_holds_while_it_computes_is_what_was_measured(part, si
 
 def test_dev_takes_what_its_weights_take():
     """In bfloat16: 22.17 GiB the transformer, 8.87 T5, 0.23 CLIP, 0.16 the autoencoder."""
-    flux = without_numbers("dev", torch.bfloat16)
+    flux = assemble_meta("dev", torch.bfloat16)
     assert round(nbytes(flux.mmdit) / GIB, 2) == 22.17 and round(nbytes(flux.t5) / GIB, 2) == 8.87
     at = {mode: expect(flux, mode, None, 1024, 1024) for mode in WAYS}
     weights = 2 * (11_901_408_320 + 4_762_310_656 + 123_060_480 + 83_819_683)
@@ -169,11 +161,11 @@ def test_dev_takes_what_its_weights_take():
                                               ("canny", 11_901_604_928), ("kontext", 11_901_408_320)])
 def test_official_models_that_are_not_here_have_their_official_sizes(name, parameters, monkeypatch, tmp_path):
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
-    assert nbytes(without_numbers(name, torch.bfloat16).mmdit) == 2 * parameters
+    assert nbytes(assemble_meta(name, torch.bfloat16).mmdit) == 2 * parameters
 
 
 def test_a_model_without_numbers_has_the_shapes_of_the_loaded_one(folder):
-    loaded, planned = load(folder, device="cpu", dtype=torch.bfloat16), without_numbers(folder, torch.bfloat16)
+    loaded, planned = load(folder, device="cpu", dtype=torch.bfloat16), assemble_meta(folder, torch.bfloat16)
     for part in ("clip", "t5", "mmdit", "autoencoder"):
         a, b = (getattr(flux, part).state_dict() for flux in (loaded, planned))
         assert {name: (t.shape, t.dtype) for name, t in a.items()} == {name: (t.shape, t.dtype) for name, t in b.items()}
@@ -197,7 +189,7 @@ def test_what_fits_as_a_whole_is_loaded_as_a_whole(folder):
 
 
 def test_what_does_not_fit_is_offloaded_and_paints_the_same_picture(folder, monkeypatch, caplog):
-    monkeypatch.setattr("miniflux.plan.free_memory", lambda device: 100_000)
+    monkeypatch.setattr("miniflux.engine.plan.free_memory", lambda device: 100_000)
     monkeypatch.setattr("miniflux.engine.offload.SMALL", 1000)
     with caplog.at_level(logging.INFO):
         fitted = load(folder, device="cpu", fit=True)
@@ -208,13 +200,15 @@ def test_what_does_not_fit_is_offloaded_and_paints_the_same_picture(folder, monk
 MEASURE = """
 import json, re, sys, torch
 from pathlib import Path
-from miniflux import Prompt, generate, load, plan
+from miniflux import Prompt, generate, load
+from miniflux.engine import plan
+from miniflux.loading import assemble_meta
 
 def kib(field):
     return int(re.search(field + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
 
 plan.free_memory = lambda device: 1
-plan.without_numbers(sys.argv[1], torch.bfloat16)        # the meta device brings a compiler along
+assemble_meta(sys.argv[1], torch.bfloat16)        # the meta device brings a compiler along
 before = kib("VmRSS")
 flux = load(sys.argv[1], device="cpu", dtype=torch.bfloat16, fit=True)
 assert flux.mmdit.offloader.mode == "disk"
@@ -239,8 +233,8 @@ def test_a_checkpoint_whose_tensors_must_be_joined_is_never_all_in_memory_either
 def test_with_a_device_of_its_own_the_first_way_that_fits_is_taken(folder, mode, monkeypatch):
     """meta plays the GPU, which has just as much as this way needs."""
     monkeypatch.setattr("miniflux.engine.offload.SMALL", 1000)
-    need = MARGIN * expect(without_numbers(folder, torch.bfloat16), mode, None, 32, 32, prefetch=False).device + 1
-    monkeypatch.setattr("miniflux.plan.free_memory", lambda device: need if device.type == "meta" else 1e9)
+    need = MARGIN * expect(assemble_meta(folder, torch.bfloat16), mode, None, 32, 32, prefetch=False).device + 1
+    monkeypatch.setattr("miniflux.engine.plan.free_memory", lambda device: need if device.type == "meta" else 1e9)
     fitted = load(folder, device="meta", dtype=torch.bfloat16, fit=True)
     assert getattr(getattr(fitted.mmdit, "offloader", None), "mode", "whole") == mode
 
