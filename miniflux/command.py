@@ -14,6 +14,7 @@ encoding of the console.
 
 import argparse
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -67,7 +68,21 @@ class Parser(argparse.ArgumentParser):
         error = sys.exc_info()[1]
         if isinstance(error, BrokenPipeError):              # nobody reads: no mistake of the user
             raise error
-        self.exit(2, f"{self.prog}: {' '.join(str(message).split())}\n")
+        self.exit(2, f"{self.prog}: {' '.join(in_flags(self, str(message)).split())}\n")
+
+
+def in_flags(p: argparse.ArgumentParser, message: str) -> str:
+    """The error of a function with flags in place of keywords: `steps is 0` -> `--steps is 0`."""
+    for action in p._actions:
+        if not action.option_strings:
+            continue
+        name, flag = action.dest, action.option_strings[-1]
+        # At the beginning, and as in "choose with transformer=x".
+        message = re.sub(rf"^{name} (?=is |are |has )", f"{flag} ", message)
+        message = re.sub(rf"(?<![\w./-]){name}=", f"{flag} ", message)
+        if "_" in name:                                     # no English word, so it is the keyword
+            message = re.sub(rf"(?<![\w./-]){name}(?![\w./-])", flag, message)
+    return message
 
 
 def command(main: Callable[..., None]) -> Callable[..., None]:

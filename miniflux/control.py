@@ -84,9 +84,9 @@ def control_image_of(flux: Flux, args: Namespace) -> dict:
 
 @command
 def main() -> None:
-    from . import cli
+    from . import cli, flags
 
-    parser = cli.parser("control", "Paint after a prompt along edges or depths.", prompt=False)
+    parser = flags.parser("control", "Paint after a prompt along edges or depths.", prompt=False)
     parser.add_argument("prompt", nargs="?", default="",
                         help="what to paint (default: nothing in particular)")
     source = parser.add_mutually_exclusive_group(required=True)
@@ -102,7 +102,7 @@ def main() -> None:
                         metavar=("LOW", "HIGH"), help="of the edges' strength (default 50 200)")
     parser.add_argument("--image", help="an image to begin from (default: none)")
     parser.add_argument("--mask", help="white where that image is repainted (default: everywhere)")
-    cli.add_strength(parser, 0.6)
+    flags.add_strength(parser, 0.6)
     cli.run(parser, control, control_image_of)
 
 

@@ -77,13 +77,13 @@ def fill_channels(flux: Flux, known: Tensor, hole: Tensor) -> Tensor:
 
 @command
 def main() -> None:
-    from . import cli
+    from . import cli, flags
 
-    parser = cli.parser("fill", "Fill the white part of a mask after a prompt.")
-    cli.add_image_and_mask(parser, expand=True)
+    parser = flags.parser("fill", "Fill the white part of a mask after a prompt.")
+    flags.add_image_and_mask(parser, expand=True)
     parser.add_argument("--paste-back", action="store_true",
                         help="keep every pixel outside the mask exactly (default: off)")
-    cli.add_strength(parser, 1.0)
+    flags.add_strength(parser, 1.0)
     cli.run(parser, fill, cli.image_and_mask)
 
 

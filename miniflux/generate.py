@@ -125,11 +125,11 @@ def finish(on_finish: OnFinish, images: Tensor) -> Tensor:
 
 @command
 def main() -> None:
-    from . import cli
+    from . import cli, flags
 
-    parser = cli.parser("generate", "Paint an image from text.")
-    cli.add_controls(parser)
-    cli.add_ip_images(parser)
+    parser = flags.parser("generate", "Paint an image from text.")
+    flags.add_controls(parser)
+    flags.add_ip_images(parser)
     cli.run(parser, generate)
 
 

@@ -39,13 +39,13 @@ def image_to_image(flux: Flux, prompt: PromptLike, image: ImageLike | list[Image
 
 @command
 def main() -> None:
-    from . import cli
+    from . import cli, flags
 
-    parser = cli.parser("image_to_image", "Repaint a picture after a prompt.")
+    parser = flags.parser("image_to_image", "Repaint a picture after a prompt.")
     parser.add_argument("--image", required=True, help="the picture to begin from (required)")
-    cli.add_strength(parser, 0.6)
-    cli.add_controls(parser)
-    cli.add_ip_images(parser)
+    flags.add_strength(parser, 0.6)
+    flags.add_controls(parser)
+    flags.add_ip_images(parser)
     cli.run(parser, image_to_image)
 
 

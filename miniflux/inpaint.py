@@ -58,13 +58,13 @@ def inpaint(flux: Flux, prompt: PromptLike, image: ImageLike | list[ImageLike],
 
 @command
 def main() -> None:
-    from . import cli
+    from . import cli, flags
 
-    parser = cli.parser("inpaint", "Repaint the white part of a mask after a prompt.")
-    cli.add_image_and_mask(parser)
-    cli.add_strength(parser, 0.6)
-    cli.add_controls(parser)
-    cli.add_ip_images(parser)
+    parser = flags.parser("inpaint", "Repaint the white part of a mask after a prompt.")
+    flags.add_image_and_mask(parser)
+    flags.add_strength(parser, 0.6)
+    flags.add_controls(parser)
+    flags.add_ip_images(parser)
     cli.run(parser, inpaint, cli.image_and_mask)
 
 

@@ -92,14 +92,14 @@ def reference_tokens(z: Tensor) -> Conditions:
 
 @command
 def main() -> None:
-    from . import cli
+    from . import cli, flags
 
-    parser = cli.parser("kontext_edit", "Change a picture by an instruction.")
+    parser = flags.parser("kontext_edit", "Change a picture by an instruction.")
     parser.add_argument("--image", required=True, help="the picture to change (required)")
-    cli.add_auto_resize(parser)
+    flags.add_auto_resize(parser)
     parser.add_argument("--max-area", type=int,
                         help="scale the size to so many pixels (default: the size as it is)")
-    cli.add_ip_images(parser)
+    flags.add_ip_images(parser)
     cli.run(parser, kontext_edit)
 
 

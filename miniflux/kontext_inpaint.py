@@ -64,16 +64,16 @@ def kontext_inpaint(flux: Flux, prompt: PromptLike, image: ImageLike | list[Imag
 
 @command
 def main() -> None:
-    from . import cli
+    from . import cli, flags
 
-    parser = cli.parser("kontext_inpaint", "Repaint the white part of a mask by an instruction, or "
+    parser = flags.parser("kontext_inpaint", "Repaint the white part of a mask by an instruction, or "
                         "after a reference image.")
-    cli.add_image_and_mask(parser)
+    flags.add_image_and_mask(parser)
     parser.add_argument("--reference",
                         help="an image of what is to be painted (default: the image itself)")
-    cli.add_strength(parser, 1.0)
-    cli.add_auto_resize(parser)
-    cli.add_ip_images(parser)
+    flags.add_strength(parser, 1.0)
+    flags.add_auto_resize(parser)
+    flags.add_ip_images(parser)
     cli.run(parser, kontext_inpaint, cli.image_and_mask)
 
 

@@ -106,9 +106,9 @@ def weights(name: str, values: float | Sequence[float], count: int) -> torch.Ten
 
 @command
 def main() -> None:
-    from . import cli
+    from . import cli, flags
 
-    parser = cli.parser("redux", "Paint variations of an image.", prompt=False)
+    parser = flags.parser("redux", "Paint variations of an image.", prompt=False)
     parser.add_argument("--image", nargs="+", required=True,
                         help="the image, or several to be mixed (required)")
     parser.add_argument("--prompt", default="", help="a text beside the image (default: none)")

@@ -13,8 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
-from miniflux import add_lora, cli, generate, load, quantize
-from miniflux.command import command
+from miniflux import add_lora, cli, flags, generate, load, quantize
+from miniflux.command import command, in_flags
 from miniflux.imaging import saving
 
 
@@ -24,7 +24,7 @@ def folder(small_folder) -> str:
 
 
 def run(folder: str, *arguments: str) -> None:
-    cli.run(cli.parser("generate", ""), generate, argv=["a red apple", "--model", folder, "--device", "cpu", "--width", "32", "--height", "48",
+    cli.run(flags.parser("generate", ""), generate, argv=["a red apple", "--model", folder, "--device", "cpu", "--width", "32", "--height", "48",
                                                     "--max-text-tokens", "8", *arguments])
 
 
@@ -242,7 +242,7 @@ def test_ctrl_c_is_one_line_and_exit_code_130_whenever_it_comes(folder, tmp_path
 
 @pytest.mark.parametrize("error, code, line", [
     (KeyboardInterrupt(), 130, "stopped"),
-    (KeyboardInterrupt("stopped; 2 of 5 pictures are written"), 130, "stopped; 2 of 5 pictures are written"),
+    (KeyboardInterrupt("stopped; 2 of 5 images are written"), 130, "stopped; 2 of 5 images are written"),
     (MemoryError("Unable to allocate 64 TiB"), 2, "out of memory: Unable to allocate 64 TiB"),
     (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory\nmore"), 2,
      "out of memory: [enforce fail] DefaultCPUAllocator: can't allocate memory"),
@@ -314,7 +314,7 @@ def test_what_a_lora_has_beyond_the_model_is_left_out_by_a_flag(folder, tmp_path
     ("the seed is 5 and steps/true_cfg.png does not exist", "the seed is 5 and steps/true_cfg.png does not exist"),
 ])
 def test_errors_name_flags_and_leave_file_names_alone(message, expected):
-    assert cli.in_flags(cli.parser("generate", ""), message) == expected
+    assert in_flags(flags.parser("generate", ""), message) == expected
 
 
 @pytest.mark.parametrize("flags, note", [
@@ -329,7 +329,7 @@ def test_a_flag_without_effect_is_said(folder, tmp_path, caplog, flags, note):
 
 def test_help_names_every_flag_with_its_default(capsys):
     with pytest.raises(SystemExit):
-        cli.parser("generate", "").parse_args(["--help"])
+        flags.parser("generate", "").parse_args(["--help"])
     text = " ".join(capsys.readouterr().out.split())
     for flag in ("--steps", "--guidance", "--seed", "--width", "--sigmas", "--dtype", "--preview", "--quiet"):
         assert "(default" in text.split(f"{flag} ")[-1][:200], flag
@@ -338,7 +338,7 @@ def test_help_names_every_flag_with_its_default(capsys):
 def test_list_models_needs_no_prompt_and_names_the_official_ones(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(SystemExit) as stop:
-        cli.parser("generate", "").parse_args(["--list-models"])
+        flags.parser("generate", "").parse_args(["--list-models"])
     out = capsys.readouterr().out
     assert not stop.value.code and "black-forest-labs/FLUX.1-schnell: not in" in out
 

@@ -16,8 +16,8 @@ from ..adapters.ip_adapter import IPAdapter
 from ..checkpoints import saving
 from ..checkpoints.finding import shipped_models
 from ..checkpoints.saving import write_part, write_tensors
-from ..cli import Parser
 from ..command import command
+from ..flags import Parser
 from ..flux import Flux
 from ..loading import load
 from ..networks.clip import CLIPVision, CLIPVisionConfig

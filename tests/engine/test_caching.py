@@ -17,7 +17,16 @@ from pipelines import difference, mean_of_the_posterior  # noqa: F401
 from reference import clip_vision, controlnet, ip_adapter_state, small_pipeline
 from safetensors.torch import save_file
 
-from miniflux import add_ip_adapter, add_lora, cli, generate, kontext_edit, load, load_controlnet
+from miniflux import (
+    add_ip_adapter,
+    add_lora,
+    cli,
+    flags,
+    generate,
+    kontext_edit,
+    load,
+    load_controlnet,
+)
 from miniflux.engine.caching import CacheStates, Series, cache
 from miniflux.engine.tiling import tile
 from miniflux.networks.mmdit import CallMemory, MMDiTInputs
@@ -344,7 +353,7 @@ def test_a_second_cache_gets_one_sentence(flux):
 def command(folder, path, *flags):
     usual = "--device cpu --width 64 --height 48 --steps 6 --max-text-tokens 8 --quiet".split()
     argv = ["a red apple", "--model", str(folder), *usual, "--output", str(path), *flags]
-    cli.run(cli.parser("generate", ""), generate, argv=argv)
+    cli.run(flags.parser("generate", ""), generate, argv=argv)
 
 
 @pytest.mark.parametrize("flags, method, settings", [

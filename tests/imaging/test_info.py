@@ -12,7 +12,7 @@ from PIL import Image
 from reference import small_pipeline
 from reference_vision import small_pixtral, small_vit
 
-from miniflux import cli, generate
+from miniflux import cli, flags, generate
 from miniflux.imaging.info import command_in, info, marks
 from miniflux.imaging.info import main as command
 from miniflux.imaging.saving import save
@@ -62,7 +62,7 @@ def test_the_command_of_every_task_says_all_its_flags(folder, tmp_path, monkeypa
 
 
 def test_of_several_pictures_each_names_its_own_seed(folder, tmp_path):
-    cli.run(cli.parser("generate", ""), generate, argv=["owl", "--model", folder, "--device", "cpu", "--steps", "1", "--max-text-tokens", "8",
+    cli.run(flags.parser("generate", ""), generate, argv=["owl", "--model", folder, "--device", "cpu", "--steps", "1", "--max-text-tokens", "8",
                                                     "--seed", "3", "--num-images", "2", "--quiet", "--output", str(tmp_path / "a.png")])
     assert "--seed 4" in info(tmp_path / "a-2.png")["command"] and "--num-images" not in info(tmp_path / "a-2.png")["command"]
 
@@ -83,7 +83,7 @@ def test_the_exif_marks_are_the_originals(tmp_path, ending):
 
 
 def test_without_metadata_only_the_marks_remain(folder, tmp_path):
-    cli.run(cli.parser("generate", ""), generate, argv=["a secret", "--model", folder, "--device", "cpu", "--steps", "2", "--max-text-tokens", "8",
+    cli.run(flags.parser("generate", ""), generate, argv=["a secret", "--model", folder, "--device", "cpu", "--steps", "2", "--max-text-tokens", "8",
                                                     "--quiet", "--no-metadata", "--preview", "--output", str(tmp_path / "a.png")])
     for name in ("a.png", "a-preview.png"):
         assert set(info(tmp_path / name)) == {"software", "make", "exif model"} and b"secret" not in (tmp_path / name).read_bytes()
@@ -130,11 +130,11 @@ def test_a_very_long_prompt_fits_into_a_jpeg(tmp_path):
 
 def test_the_flag_hides_the_watermark(folder, tmp_path):
     arguments = ["owl", "--model", folder, "--device", "cpu", "--steps", "1", "--max-text-tokens", "8", "--quiet", "--watermark"]
-    cli.run(cli.parser("generate", ""), generate, argv=[*arguments, "--width", "96", "--height", "80", "--output", str(tmp_path / "a.png")])
+    cli.run(flags.parser("generate", ""), generate, argv=[*arguments, "--width", "96", "--height", "80", "--output", str(tmp_path / "a.png")])
     with Image.open(tmp_path / "a.png") as picture:
         assert read_in_loops(np.asarray(picture)) == MESSAGE and info(tmp_path / "a.png")["watermark"] == "of FLUX.1"
     with pytest.raises(SystemExit):
-        cli.run(cli.parser("generate", ""), generate, argv=[*arguments, "--width", "32", "--output", str(tmp_path / "b.png")])
+        cli.run(flags.parser("generate", ""), generate, argv=[*arguments, "--width", "32", "--output", str(tmp_path / "b.png")])
     assert not (tmp_path / "b.png").exists()
 
 
@@ -157,7 +157,7 @@ def paint(monkeypatch, folder: str, task: str, *words) -> None:
     ("generate", ["owl", "--safety", "nowhere"], "'nowhere' is neither a folder"),
     ("generate", ["owl", "--safety", "none", "nowhere"], "'nowhere' is neither a folder"),
     ("generate", ["owl", "--safety", "none", "none", "none"], "--safety has 3 filters"),
-    ("image_to_image", ["owl", "--image", "a.png", "--safety", "all"], "the picture a.png was stopped by the content filter"),
+    ("image_to_image", ["owl", "--image", "a.png", "--safety", "all"], "the image a.png was stopped by the content filter"),
 ])
 def test_a_filter_that_is_asked_for_stops_the_picture_or_is_an_error(folder, strict, monkeypatch, capsys, task, words, sentence):
     monkeypatch.chdir(strict)

@@ -9,7 +9,7 @@ from PIL import Image
 from reference import randomise, small_pipeline
 from safetensors.torch import load_file, save_file
 
-from miniflux import cli, generate, load
+from miniflux import cli, flags, generate, load
 from miniflux.checkpoints.vision import load_taef1
 from miniflux.imaging.images import preprocess
 from miniflux.imaging.preview import fit_preview, linear_preview, load_preview
@@ -105,7 +105,7 @@ def test_the_command_fits_a_map_that_previews_use(folder, flux, taef1, tmp_path,
         decodes, states = [], []
         with monkeypatch.context() as patch:
             patch.setattr("miniflux.cli.decode", lambda flux, z: decodes.append(z))
-            cli.run(cli.parser("generate", ""), generate, argv=["owl", "--model", str(folder), "--device", "cpu", "--steps", "3", "--width", "32", "--height",
+            cli.run(flags.parser("generate", ""), generate, argv=["owl", "--model", str(folder), "--device", "cpu", "--steps", "3", "--width", "32", "--height",
                     "32", "--max-text-tokens", "8", "--quiet", "--preview-with", str(source), "--output", "owl.png"])
         generate(flux, "owl", width=32, height=32, steps=3, max_text_tokens=8, progress=False, on_step=lambda step, t, x: states.append((t, x)))
         expected = cli.estimates(states, load_preview(source, flux), None)

@@ -237,6 +237,6 @@ def test_every_picture_that_a_flag_names_is_looked_at(monkeypatch, flag):
     monkeypatch.setattr(safety, "load_filters", lambda *paths, device: Filters(None))
     monkeypatch.setattr(safety, "is_flagged", lambda picture, filters: asked.append(picture) or True)
     args = Namespace(safety=["classifier"], device=None, watermark=False, prompt="", **{flag: ["a.png"] if "ip" in flag else "a.png"})
-    with pytest.raises(ValueError, match="the picture a.png was stopped by the content filter"):
+    with pytest.raises(ValueError, match="the image a.png was stopped by the content filter"):
         cli.on_finish(args)
     assert asked == [Path("a.png")]

@@ -27,8 +27,8 @@ import torch
 from tqdm import tqdm
 
 from ...checks import check_number
-from ...cli import Parser
 from ...command import command
+from ...flags import Parser
 from ...flux import Flux
 from ...generate import generate
 from ...imaging.images import to_pil

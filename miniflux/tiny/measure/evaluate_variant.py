@@ -28,10 +28,10 @@ import torch.nn.functional as F
 from ...adapters.controlnet import load_controlnet
 from ...adapters.ip_adapter import add_ip_adapter
 from ...checks import check_number
-from ...cli import Parser
 from ...command import command
 from ...control import control
 from ...fill import fill
+from ...flags import Parser
 from ...flux import Flux
 from ...generate import generate
 from ...imaging.saving import check_output, save

@@ -12,10 +12,10 @@ from ...adapters.controlnet import load_controlnet
 from ...adapters.ip_adapter import add_ip_adapter
 from ...adapters.lora import add_lora
 from ...checkpoints.finding import shipped_models
-from ...cli import Parser
 from ...command import command
 from ...control import control
 from ...fill import fill
+from ...flags import Parser
 from ...generate import generate
 from ...image_to_image import image_to_image
 from ...imaging.canny import canny

@@ -36,10 +36,10 @@ from ...checkpoints.configs import WORD_LIST
 from ...checkpoints.finding import find_source, whole_models
 from ...checkpoints.layouts import load_autoencoder
 from ...checkpoints.saving import write_json
-from ...cli import Parser
 from ...command import command
 from ...devices import find_device
 from ...engine import distributed
+from ...flags import Parser
 from ...loading import load
 from ...networks.autoencoder import Autoencoder
 from ...tokenizers import CLIPTokenizer, T5Tokenizer

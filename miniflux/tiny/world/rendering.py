@@ -77,7 +77,7 @@ def samples(seed: int) -> list[tuple[np.ndarray, str]]:
 
 @command
 def main(argv: list[str] | None = None) -> None:
-    from ...cli import Parser
+    from ...flags import Parser
     from ...imaging.saving import check_output, save
 
     parser = Parser(prog="python -m miniflux.tiny.world.rendering",
