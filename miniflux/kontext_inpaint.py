@@ -66,8 +66,8 @@ def kontext_inpaint(flux: Flux, prompt: PromptLike, image: ImageLike | list[Imag
 def main() -> None:
     from . import cli, flags
 
-    parser = flags.parser("kontext_inpaint", "Repaint the white part of a mask by an instruction, or "
-                        "after a reference image.")
+    parser = flags.parser("kontext_inpaint", "Repaint the white part of a mask by an instruction, "
+                                             "or after a reference image.")
     flags.add_image_and_mask(parser)
     parser.add_argument("--reference",
                         help="an image of what is to be painted (default: the image itself)")

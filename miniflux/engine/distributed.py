@@ -274,10 +274,11 @@ def ulysses(text: list[int], image: list[int], attention: Callable, qkv: Tensor,
                          f"or paint a multiple of {len(text)} pictures at once")
     heads, L = shard_sizes(H), sum(text)
     mine = heads[dist.get_rank()]
-    shapes = [(B, l + n, 3, mine, D) for l, n in zip(text, image)]
+    shapes = [(B, L_i + N_i, 3, mine, D) for L_i, N_i in zip(text, image)]
     received = all_to_all(qkv.split(heads, 3), shapes)
     # Note: text tokens come before image tokens; each process's shard begins with its text.
-    texts, images = zip(*(part.split([l, n], 1) for part, l, n in zip(received, text, image)))
+    parts = zip(received, text, image)
+    texts, images = zip(*(part.split([L_i, N_i], 1) for part, L_i, N_i in parts))
     scaled = 0 if text_scale is None else L
     x = attention(torch.cat([*texts, *images], dim=1), pe, image_scale, text_scale, scaled)
     shards = zip(x[:, :L].split(text, 1), x[:, L:].split(image, 1))  # x (B, L+N, mine · D)

@@ -1,12 +1,12 @@
 """How much memory each way of running a model takes, before anything is loaded.
 
-The model lies on the meta device, where its tensors have shapes but no elements. It is changed as it
-would be, and its bytes are counted. What the networks hold while they compute is proportional to
+The model lies on the meta device, where its tensors have shapes but no elements. It is changed as
+it would be, and its bytes are counted. What the networks hold while they compute is proportional to
 the tokens, the pixels and the text, by factors that were measured.
 
 `load(..., fit=True)` takes the first way that fits and changes no image: everything on the device,
-else parts in turn (`engine/offload.py`). Quantising changes images a little, so `miniflux plan` only
-proposes it.
+else parts in turn (`engine/offload.py`). Quantising changes images a little, so `miniflux plan`
+only proposes it.
 """
 
 import os
@@ -28,7 +28,7 @@ from .quantize import quantize
 WAYS = ("whole", *offload.MODES)           # the faster ones first
 FORMS = ("int8", "nf4")
 GIB = 2**30
-MARGIN = 1.1                               # for what the allocator cannot use, and the libraries take
+MARGIN = 1.1                               # for the allocator's losses and the libraries
 # Elements that are held at most while a network computes, measured.
 TRANSFORMER = 18                           # for each token and channel, in its dtype
 ROTATION = 5                               # for each token and channel, in float32

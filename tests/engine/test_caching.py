@@ -21,7 +21,6 @@ from miniflux import (
     add_ip_adapter,
     add_lora,
     cli,
-    flags,
     generate,
     kontext_edit,
     load,
@@ -29,6 +28,7 @@ from miniflux import (
 )
 from miniflux.engine.caching import CacheStates, Series, cache
 from miniflux.engine.tiling import tile
+from miniflux.flags import parser
 from miniflux.networks.mmdit import CallMemory, MMDiTInputs
 from miniflux.sampling import flow
 
@@ -353,7 +353,7 @@ def test_a_second_cache_gets_one_sentence(flux):
 def command(folder, path, *flags):
     usual = "--device cpu --width 64 --height 48 --steps 6 --max-text-tokens 8 --quiet".split()
     argv = ["a red apple", "--model", str(folder), *usual, "--output", str(path), *flags]
-    cli.run(flags.parser("generate", ""), generate, argv=argv)
+    cli.run(parser("generate", ""), generate, argv=argv)
 
 
 @pytest.mark.parametrize("flags, method, settings", [

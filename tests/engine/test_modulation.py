@@ -138,7 +138,8 @@ print((before - after) / whole)
 def test_the_modulations_memory_is_free_once_its_vectors_are_known():
     """29% of a small transformer of the official proportions, with the embedders:
     the step runs without them."""
-    result = subprocess.run([sys.executable, "-c", MEASURE], capture_output=True, text=True, check=True)
+    command = [sys.executable, "-c", MEASURE]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
     assert 0.25 < float(result.stdout) < 0.35
 
 

@@ -451,7 +451,8 @@ def test_on_the_cpu_the_modulation_is_read_from_the_file_and_leaves_memory(twelv
 
 def lora_file(path, mmdit, rank: int = 2):
     generator = torch.Generator().manual_seed(0)
-    names = ("double_blocks.0.img_attn.qkv", "double_blocks.1.img_mod.lin", "single_blocks.1.linear1")
+    names = ("double_blocks.0.img_attn.qkv", "double_blocks.1.img_mod.lin",
+             "single_blocks.1.linear1")
     state = {}
     for name in names:
         layer = mmdit.get_submodule(name)
