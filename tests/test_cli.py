@@ -216,8 +216,8 @@ def test_a_folder_in_which_nothing_can_be_written_is_found_before_the_first_step
 
 
 def test_images_painted_at_once_are_those_painted_one_after_the_other(folder, tmp_path):
-    for name, flags in (("a", []), ("b", ["--batch", "2"])):
-        run(folder, "--steps", "1", "--num-images", "3", "--seed", "5", *flags, "--output", str(tmp_path / f"{name}.png"), "--quiet")
+    for name, more in (("a", []), ("b", ["--batch", "2"])):
+        run(folder, "--steps", "1", "--num-images", "3", "--seed", "5", *more, "--output", str(tmp_path / f"{name}.png"), "--quiet")
     for i in "123":
         with Image.open(tmp_path / f"a-{i}.png") as a, Image.open(tmp_path / f"b-{i}.png") as b:
             assert max(abs(x - y) for x, y in zip(a.tobytes(), b.tobytes())) <= 1 and a.text["seed"] == b.text["seed"]

@@ -377,7 +377,7 @@ def test_the_commands_flags_are_the_functions_keywords(
     (["--cache-interval", "2"], "the cache 'first_block' has no interval"),
     (["--tile", "33"], "the size of a tile is 33: expected a multiple of 32 pixels"),
     (["--shard"], "this process is alone: start several with `torchrun"),
-    (["--shard", "--offload", "block"], "--shard and --offload both say where the weights lie"),
+    (["--shard", "--offload", "block"], "--shard and --offload both place the weights"),
 ])
 def test_wrong_flags_get_one_line(folder, tmp_path, capsys, flags, sentence):
     with pytest.raises(SystemExit) as stop:

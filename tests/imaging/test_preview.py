@@ -102,12 +102,13 @@ def test_the_command_fits_a_map_that_previews_use(folder, flux, taef1, tmp_path,
     assert capsys.readouterr().out == "preview.safetensors\n" and not list(tmp_path.glob(".*"))
     assert torch.equal(load_file("preview.safetensors")["preview"], fit_preview(flux, ["0.png", "1.png", "2.png"]))
     for source in ("preview.safetensors", taef1[0]):
-        decodes, states = [], []
+        decodes: list = []
+        states: list = []
         with monkeypatch.context() as patch:
-            patch.setattr("miniflux.cli.decode", lambda flux, z: decodes.append(z))
+            patch.setattr("miniflux.cli.decode", lambda flux, z, seen=decodes: seen.append(z))
             cli.run(flags.parser("generate", ""), generate, argv=["owl", "--model", str(folder), "--device", "cpu", "--steps", "3", "--width", "32", "--height",
                     "32", "--max-text-tokens", "8", "--quiet", "--preview-with", str(source), "--output", "owl.png"])
-        generate(flux, "owl", width=32, height=32, steps=3, max_text_tokens=8, progress=False, on_step=lambda step, t, x: states.append((t, x)))
+        generate(flux, "owl", width=32, height=32, steps=3, max_text_tokens=8, progress=False, on_step=lambda step, t, x, seen=states: seen.append((t, x)))
         expected = cli.estimates(states, load_preview(source, flux), None)
         with Image.open("owl-preview.png") as strip:
             assert strip.size == (96, 32) and not decodes
