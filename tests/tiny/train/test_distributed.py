@@ -30,7 +30,11 @@ def loss_of(net: nn.Module, generator: torch.Generator) -> torch.Tensor:
 
 
 def torchrun(*arguments):
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    # Note: torchrun puts the folder of its script on the path, not the one that pytest runs in.
+    package = Path(loop.__file__).parents[3]
+    path = os.pathsep.join(filter(None, [str(package), os.environ.get("PYTHONPATH")]))
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path}
     subprocess.run(
         [
             sys.executable,
