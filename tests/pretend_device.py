@@ -25,6 +25,9 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 import miniflux
 
 _setup_privateuseone_for_python_backend("pretend")
+# Note: once a backend is registered, PyTorch asks it for its random state in every process's tests.
+torch.pretend.get_rng_state = lambda device=None: torch.empty(0, dtype=torch.uint8)
+torch.pretend.set_rng_state = lambda state, device=None: None
 DEVICE = torch.device("pretend:0")
 CPU = torch.device("cpu")
 PACKAGE = str(Path(miniflux.__file__).parent)

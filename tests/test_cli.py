@@ -270,10 +270,16 @@ def test_an_error_of_the_program_itself_keeps_its_traceback():
 
 
 def test_every_main_function_of_the_package_is_a_command():
-    """By hand: the source of each file that has one."""
-    mains = [node for path in Path(cli.__file__).parent.rglob("*.py") for node in ast.parse(path.read_text()).body
-             if isinstance(node, ast.FunctionDef) and node.name == "main"]
-    assert len(mains) > 20 and all([ast.unparse(one) for one in node.decorator_list] == ["command"] for node in mains)
+    """By hand: the source of each file that has one. The networks import nothing but each other."""
+    root = Path(cli.__file__).parent
+    own_manners = (root / "networks" / "native.py", root / "__main__.py")
+    found = 0
+    for path in root.rglob("*.py"):
+        for node in ast.parse(path.read_text("utf-8")).body:
+            if isinstance(node, ast.FunctionDef) and node.name == "main" and path not in own_manners:
+                assert [ast.unparse(one) for one in node.decorator_list] == ["command"], path
+                found += 1
+    assert found > 20
 
 
 # --------------------------------------------------------------------- the advice can be followed

@@ -22,6 +22,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ...command import command
 from .grounds import IMAGE_SIZE, PLAIN
 from .rendering import object_masks, render
 from .scenes import Scene, sample_scene
@@ -93,6 +94,7 @@ def mask_tile(scene: Scene) -> np.ndarray:
     return tile
 
 
+@command
 def main() -> None:
     """Draw the scenes again; needs the emoji font."""
     made = scenes()

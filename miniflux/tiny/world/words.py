@@ -1,15 +1,9 @@
 """The words of the world: the objects that the model is taught, their synonyms, a little grammar.
 
-    python -m miniflux.tiny.world.words        prints the words that a prompt may contain
+`miniflux tiny words` lists them (`listing.py`).
 """
 
 import random
-import textwrap
-from collections.abc import Iterable
-
-from ...checkpoints.configs import read_words
-from ...checkpoints.finding import find_source
-from ...command import Parser, command, say
 
 ALL_OBJECTS = (                          # the order counts: held-out pairs are found by index
     "cat", "dog", "fox", "owl", "frog", "pig", "lion", "panda", "rabbit", "bear", "monkey", "wolf",
@@ -80,47 +74,3 @@ def plural(words: str) -> str:
 def synonym(rng: random.Random, word: str) -> str:
     """The word, or one time in ten another one for the same thing."""
     return rng.choice(SYNONYMS[word]) if word in SYNONYMS and rng.random() < 0.1 else word
-
-
-def groups() -> dict[str, Iterable[str]]:
-    """The words of the world by their kind."""
-    from .captions import NUMBERS, OVERLAPS, RELATIONS
-    from .glyphs import COLOURS
-    from .grounds import SCENIC
-    from .styles import STYLES
-
-    def also(word: str) -> str:
-        return f"{word} ({', '.join(SYNONYMS[word])})" if word in SYNONYMS else word
-
-    forms = dict.fromkeys(form for group in RELATIONS.values() for form in group)
-    return {
-        "objects": map(also, sorted(OBJECTS)), "colours": map(also, COLOURS),
-        "with a colour": sorted(name for name in OBJECTS if name in RECOLOURABLE),
-        "backgrounds": ["on a (any colour) background", *(form for form, _ in SCENIC.values())],
-        "sizes": ("big", "small"), "numbers": [*NUMBERS.values(), "or digits"],
-        "relations": [*forms, *OVERLAPS], "styles": STYLES,
-    }
-
-
-@command
-def main(argv: list[str] | None = None) -> None:
-    parser = Parser(prog="python -m miniflux.tiny.world.words",
-                    description="List the words that a prompt may contain.")
-    parser.add_argument("model", nargs="?",
-                        help="a model, for the words that it was taught (default: the world's)")
-    args = parser.parse_args(argv)
-    lines = groups()
-    if args.model:
-        try:
-            words = read_words(find_source(args.model))
-        except (OSError, ValueError) as error:
-            parser.error(str(error))
-        if words is None:
-            parser.error(f"the model {args.model} has no list of words: it takes any prompt")
-        lines = {"words": sorted(words)}
-    for what, words in lines.items():
-        say(textwrap.fill(f"{what:14} {', '.join(words)}", 96, subsequent_indent=15 * " "))
-
-
-if __name__ == "__main__":
-    main()

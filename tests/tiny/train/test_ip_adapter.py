@@ -167,7 +167,7 @@ def test_what_follows_a_picture_is_measured_beside_the_prompt_alone(plain, folde
     )
     names = [prompt.split()[-1] for prompt in prompts]
     assert figures["object right, without the image"] == np.mean(
-        [seen.object == name for seen, name in zip(judge(alone), names)]
+        [[found.name for found in seen.found] == [name] for seen, name in zip(judge(alone), names)]
     )
 
 

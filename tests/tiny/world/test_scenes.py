@@ -343,7 +343,7 @@ def test_the_command_writes_a_sheet_and_leaves_nothing_else(tmp_path):
     command = [
         sys.executable,
         "-m",
-        "miniflux.tiny.world.rendering",
+        "miniflux.tiny.world.sheet",
         "--output",
         str(tmp_path / "sheet.png"),
     ]

@@ -48,6 +48,6 @@ def test_the_list_of_words_holds_every_object_and_no_unknown_word(folder):
 
 def test_the_command_prints_the_words_without_the_font():
     code = ("import miniflux.tiny.world.glyphs as g; g.FONT_PATHS = (); "
-            "import miniflux.tiny.world.words as w; w.main()")
+            "import miniflux.tiny.world.listing as w; w.main()")
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout
     assert all(name in printed for name in OBJECTS) and "beside" in printed
