@@ -326,7 +326,7 @@ def test_for_a_model_that_fits_nothing_else_is_proposed(folder):
 @pytest.mark.parametrize("arguments, sentence", [
     (["--vram", "0"], "vram is 0.0"),
     (["--size", "8"], "size is 8"),
-    (["--num-images", "0"], "num_images is 0"),
+    (["--num-images", "0"], "--num-images is 0"),
     (["--model", "no-such-model"], "'no-such-model' is neither a folder nor a known model"),
 ])
 def test_a_mistake_ends_in_one_line_and_exit_code_2(arguments, sentence, monkeypatch, capsys):

@@ -63,6 +63,7 @@ def test_a_stage_writes_a_folder_that_load_opens(tmp_path, quick, tiny, name, ch
 
 def test_a_compiled_stage_compiles_its_steps_and_not_its_sheet(tmp_path, quick, monkeypatch):
     """Oracle: what the compiler is given. Steps have four images, the sheet one."""
+    torch.compiler.reset()                                  # graphs of other tests would be taken
     seen, compile = [], torch.compile
 
     def backend(graph, inputs):
