@@ -70,8 +70,6 @@ SETTINGS = [
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 @pytest.mark.parametrize("steps", [1, 2, 7, 28])
 def test_the_times_are_those_of_diffusers_for_every_setting(tmp_path, settings, steps):
-    if "use_beta_sigmas" in settings:
-        pytest.importorskip("scipy")
     if steps == 1 and "shift_terminal" in settings:
         pytest.skip("diffusers divides by zero")
     read = read_schedule(write(tmp_path / "scheduler_config.json", **settings))
